@@ -1,0 +1,75 @@
+# Every target first makes .venv and installs what it needs; the stamp files in .venv make the second call instant.
+#   make PYTHON=python3.12     builds .venv with another interpreter
+#   make test ARGS="-k near"   hands options on to pytest
+
+PYTHON ?= python3
+# One test process per core. Each imports torch, so a big machine's memory sets the limit.
+WORKERS ?= auto
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := pyproject.toml constraints.txt
+
+# pip's isolated builds take constraints from the environment: older pips from PIP_CONSTRAINT, newer ones from
+# PIP_BUILD_CONSTRAINT. Both are lists separated by spaces, so a space in the path is written as in a URL.
+empty :=
+space := $(empty) $(empty)
+export PIP_CONSTRAINT := file://$(subst $(space),%20,$(CURDIR))/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-slow lint format types bench clean
+
+help:  ## this list
+	@echo "Vicinal: make <target>"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+demo: .venv/.with-demo  ## the tour: a page of pictures and figures, demo/index.html
+	$(BIN)/vicinal tour --out demo
+
+# Each worker computes with one thread: workers x cores threads would fight for the same cores.
+test: .venv/.with-test  ## the tests, in parallel, without the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
+
+test-slow: .venv/.with-test  ## the slow tests only
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -m "slow and not gpu" $(ARGS)
+
+lint: .venv/.with-lint  ## formatting and lint rules, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: .venv/.with-lint  ## format the code and apply the lint rules' safe fixes
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+types: .venv/.with-lint  ## type-check the package
+	$(BIN)/mypy src/vicinal
+
+bench: .venv/.with-test  ## measure this machine; prints the table
+	$(BIN)/python -m vicinal.measure
+
+clean:  ## remove caches, builds, runs and the demo; .venv stays
+	rm -rf build dist demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find $(wildcard src tests benchmarks examples recipes) -name __pycache__ -prune -exec rm -rf {} +
+
+# A virtual environment that works is kept, however it was made, and completed; a broken one is replaced.
+.venv/.created:
+	@if ! $(BIN)/python -c "" 2>/dev/null; then \
+		command -v "$(PYTHON)" >/dev/null || { \
+			echo "Vicinal needs Python 3.11 or newer, but there is no $(PYTHON) here: try make PYTHON=/path/to/python."; exit 1; }; \
+		"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+			echo "Vicinal needs Python 3.11 or newer, but $(PYTHON) is `"$(PYTHON)" -V 2>&1`: try make PYTHON=python3.12."; exit 1; }; \
+		echo "Creating .venv with `"$(PYTHON)" -V 2>&1`"; \
+		"$(PYTHON)" -m venv --clear .venv; \
+	fi
+	@$(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+		echo "Vicinal needs Python 3.11 or newer, but .venv holds `$(BIN)/python -V 2>&1`: delete it and call make again."; exit 1; }
+	@$(BIN)/python -c "import pip" 2>/dev/null || $(BIN)/python -m ensurepip
+	@touch $@
+
+.venv/.with-%: $(SOURCES) | .venv/.created
+	@echo "Installing vicinal[$*] and what it needs into .venv (the first time takes minutes: torch is large)"
+	@$(PIP) install -c constraints.txt -e ".[$*]"
+	@touch $@

@@ -1,0 +1,74 @@
+"""Local attention for images, video and sequences: one operator, fast on every device.
+
+>>> query, key, value = torch.randn(3, 1, 56, 56, 4, 32).unbind(0)
+>>> vicinal.na2d(query, key, value, kernel_size=7).shape
+torch.Size([1, 56, 56, 4, 32])
+"""
+
+from vicinal import pattern
+from vicinal.layers.neighborhood import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
+from vicinal.ops import (
+    BackendRefused,
+    Explanation,
+    apply_scores,
+    attention,
+    attention_scores,
+    explain,
+    merge_attentions,
+    na1d,
+    na2d,
+    na3d,
+)
+from vicinal.pattern import (
+    AxisKind,
+    Bounds,
+    Full,
+    Grid,
+    Halo,
+    Heads,
+    Near,
+    Same,
+    Union,
+    Window,
+    bias_shape,
+    bounds,
+    heads,
+    union,
+)
+from vicinal.version import __version__
+
+__all__ = [
+    "AxisKind",
+    "BackendRefused",
+    "Bounds",
+    "Explanation",
+    "Full",
+    "Grid",
+    "Halo",
+    "Heads",
+    "Near",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "Same",
+    "Union",
+    "Window",
+    "__version__",
+    "apply_scores",
+    "attention",
+    "attention_scores",
+    "bias_shape",
+    "bounds",
+    "explain",
+    "heads",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+    "pattern",
+    "union",
+]

@@ -1,0 +1,24 @@
+"""The operator: its public calls, what it checks, and the back ends that compute it."""
+
+from vicinal.ops import reference, tiled
+from vicinal.ops.api import attention
+from vicinal.ops.backend import BackendRefused
+from vicinal.ops.explain import Explanation, explain
+from vicinal.ops.merge import merge_attentions
+from vicinal.ops.na import na1d, na2d, na3d
+from vicinal.ops.scores import apply_scores, attention_scores
+
+__all__ = [
+    "BackendRefused",
+    "Explanation",
+    "apply_scores",
+    "attention",
+    "attention_scores",
+    "explain",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+    "reference",
+    "tiled",
+]

@@ -1,0 +1,194 @@
+"""The public operator: checks what it is given, chooses a back end, calls the registered operator."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from vicinal.ops import checks, operator, resolve
+from vicinal.ops.packing import pack_sample_tables
+from vicinal.pattern.bounds import AnyPattern, Bounds
+from vicinal.pattern.compose import pattern_parts
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AnyPattern,
+    *,
+    bias: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    extra_key: torch.Tensor | None = None,
+    extra_value: torch.Tensor | None = None,
+    extra_lengths: torch.Tensor | None = None,
+    extra_query: torch.Tensor | None = None,
+    grids: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Local attention: each query's softmax runs over just the keys that `pattern` lets it see.
+
+    >>> query, key, value = torch.randn(3, 2, 56, 56, 4, 32).unbind(0)
+    >>> attention(query, key, value, Near(7)).shape
+    torch.Size([2, 56, 56, 4, 32])
+    >>> out, lse = attention(query, key, value, heads(Near(7), Window(8)), return_lse=True)
+    >>> lse.shape
+    torch.Size([2, 56, 56, 4])
+
+    Args:
+        query: `[batch, *grid, heads, head_dim]`, a grid of 1 to 3 axes in the order (time, height, width).
+        key: `[batch, *key_grid, kv_heads, head_dim]`; `kv_heads` divides `heads`.
+        value: `[batch, *key_grid, kv_heads, value_dim]`.
+        pattern: axis kinds, `heads(...)`, `union(...)`, or a `Bounds`.
+        bias: relative position bias `[heads, *bias_shape(pattern, grid)]`, a tuple of them for `heads(...)`.
+        extra_key, extra_value: `[batch, tokens, kv_heads, ...]`, tokens every query sees in the same softmax.
+        extra_lengths: int64 `[batch]`, how many of the extra tokens are valid.
+        extra_query: `[batch, tokens, heads, head_dim]`, tokens that see the whole grid and the extra keys.
+        grids: int64 `[batch, rank]`, the true sizes in a padded batch.
+        scale: factor on the scores, `head_dim ** -0.5` by default.
+        return_lse: also return the log-sum-exp of the scores, `[batch, *grid, heads]`.
+        backend: `None` to choose, or a name; see `explain`.
+
+    Returns:
+        The output `[batch, *grid, heads, value_dim]`; with `extra_query` the pair `(out, extra_out)`. With
+        `return_lse` a pair of that and the log-sum-exp, which is then a pair too where there are extra queries.
+    """
+    query, key, value, extra_key, extra_value, extra_query = under_autocast(
+        query, key, value, extra_key, extra_value, extra_query
+    )
+    call = Call(query, key, value, pattern, bias, extra_key, extra_value, extra_lengths, grids, scale)
+    out, lse = call.run(backend)
+    if extra_query is None:
+        return (out, lse) if return_lse else out
+    checks.check_extra_query(extra_query, query)
+    extra_out, extra_lse = call.run_extra(extra_query, backend)
+    return ((out, extra_out), (lse, extra_lse)) if return_lse else (out, extra_out)
+
+
+class Call:
+    """One checked call: the tensors, and what the registered operator needs besides."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pattern: AnyPattern,
+        bias: torch.Tensor | tuple[torch.Tensor, ...] | None,
+        extra_key: torch.Tensor | None,
+        extra_value: torch.Tensor | None,
+        extra_lengths: torch.Tensor | None,
+        grids: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
+        self.pattern_key, rank = resolve.key_of(pattern)
+        self.grid, self.key_grid = checks.check_qkv(query, key, value, rank)
+        self.scale = checks.check_scale(scale, query.shape[-1])
+        checks.check_extra_keys(extra_key, extra_value, extra_lengths, query, key, value)
+        if grids is not None and checks.check_grids(grids, self.grid, self.key_grid, query):
+            _check_samples(pattern, grids)
+        self.query, self.key, self.value, self.pattern = query, key, value, pattern
+        self.bias = bias
+        self.extra_key, self.extra_value, self.extra_lengths = extra_key, extra_value, extra_lengths
+        self.grids = grids
+
+    def sizes(self, grid: tuple[int, ...], has_bias: bool) -> tuple[Any, ...]:
+        """What `resolve.make_problem` takes after the pattern."""
+        features = (has_bias, self.extra_key is not None, self.extra_lengths is not None, self.grids is not None)
+        return (
+            self.query.device.type,
+            self.query.dtype,
+            grid,
+            self.key_grid,
+            self.query.shape[-2],
+            self.key.shape[-2],
+            self.query.shape[-1],
+            self.value.shape[-1],
+            features,
+        )
+
+    def run(self, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of the grid's queries."""
+        layout, name = resolve.chosen(self.pattern_key, self.sizes(self.grid, self.bias is not None), backend)
+        bias = None
+        if self.bias is not None:
+            shapes, heads = resolve.bias_shapes(layout)
+            bias = checks.flatten_bias(self.bias, shapes, heads, self.query)
+        if self.grids is None:
+            tables = resolve.tables(self.pattern_key, self.grid, self.key_grid, self.query.device)
+        else:
+            assert not isinstance(self.pattern, Bounds)
+            tables = pack_sample_tables(self.pattern, self.grid, self.grids)
+        return self._attend(self.query, tables, bias, layout, name)
+
+    def run_extra(self, extra_query: torch.Tensor, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of queries that see the whole grid."""
+        rank, tokens = len(self.grid), extra_query.shape[1]
+        if not tokens:
+            out = extra_query.new_empty(*extra_query.shape[:-1], self.value.shape[-1])
+            lse = out.new_empty(out.shape[:-1], dtype=torch.promote_types(out.dtype, torch.float32))
+            return out, lse
+        grid = (tokens, *(1,) * (rank - 1))
+        pattern_key = resolve.whole_grid_key(rank)
+        layout, name = resolve.chosen(pattern_key, self.sizes(grid, False), backend)
+        if self.grids is None:
+            tables = resolve.tables(pattern_key, grid, self.key_grid, self.query.device)
+        else:
+            tables = pack_whole_tables(self.grids, self.key_grid, grid)
+        query = extra_query.unflatten(1, grid) if rank > 1 else extra_query
+        out, lse = self._attend(query, tables, None, layout, name)
+        return (out.flatten(1, rank), lse.flatten(1, rank)) if rank > 1 else (out, lse)
+
+    def _attend(
+        self, query: torch.Tensor, tables: torch.Tensor, bias: torch.Tensor | None, layout: tuple[int, ...], name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        extras = (self.extra_key, self.extra_value, self.extra_lengths)
+        plain = name == "tiled" and self.grids is None and self.extra_lengths is None and _is_exporting()
+        attend = operator.attend_plain if plain else torch.ops.vicinal.attend
+        out, lse = attend(query, self.key, self.value, tables, bias, *extras, layout, self.scale, name)
+        return out, lse
+
+
+def pack_whole_tables(grids: torch.Tensor, key_grid: tuple[int, ...], grid: tuple[int, ...]) -> torch.Tensor:
+    """Per-sample tables by which every query of `grid` sees its sample's whole key grid."""
+    zero = grids[:, :1] * 0
+    columns = []
+    for axis, queries in enumerate(grid):
+        length = grids[:, axis, None].clamp(1, key_grid[axis])
+        row = zero.expand(-1, queries)
+        columns += [zero + 1, length, zero, zero + queries, row, row + length, row]
+    return torch.cat(columns, 1).to(torch.int32)
+
+
+def under_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as autocast wants them for a matrix product; float64 and None stay as they are."""
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
+
+
+def _is_exporting() -> bool:
+    """Whether a program of plain ATen operations is wanted; a strict export traces the operator instead."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def _check_samples(pattern: AnyPattern, grids: torch.Tensor) -> None:
+    """Raise `ValueError` where a sample's own grid does not suit the pattern, as on its own it would."""
+    if isinstance(pattern, Bounds):
+        return
+    for sample, sizes in enumerate(grids.tolist()):
+        for kinds in itertools.chain.from_iterable(pattern_parts(pattern, len(sizes))[0]):
+            for kind, length in zip(kinds, sizes, strict=True):
+                refusal = kind.refusal(length)
+                if refusal:
+                    raise ValueError(f"grids[{sample}] = {tuple(sizes)} does not suit {kind!r}: {refusal}")

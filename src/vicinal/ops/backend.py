@@ -1,0 +1,253 @@
+"""What a back end is: a name, what it can do as data, and the functions that do it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vicinal.ops.packing import Layout
+
+
+class BackendRefused(RuntimeError):
+    """A back end that was asked for by name cannot take this problem; the message lists every reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Everything a back end may decide by: sizes, kinds and features, no tensors."""
+
+    device: str
+    dtype: torch.dtype
+    grid: tuple[int, ...]
+    key_grid: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    has_bias: bool = False
+    has_extra_keys: bool = False
+    has_extra_lengths: bool = False
+    has_grids: bool = False
+    num_groups: int = 1
+    num_members: int = 1
+    needs_double_backward: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """What a back end can do. An empty tuple of devices or dtypes means any."""
+
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    max_head_dim: int | None = None
+    max_tokens: int | None = None
+    lacks: frozenset[str] = frozenset()
+    """Features of `Problem` (its boolean fields, or "groups", "members") that it does not have."""
+
+    def refusals(self, problem: Problem) -> list[str]:
+        """All reasons why the back end cannot take the problem; none means it can."""
+        reasons = []
+        if self.devices and problem.device not in self.devices:
+            reasons.append(f"runs on {' or '.join(self.devices)}, the tensors are on {problem.device}")
+        if self.dtypes and problem.dtype not in self.dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            reasons.append(f"takes {names}, the tensors are {str(problem.dtype).removeprefix('torch.')}")
+        if self.max_head_dim is not None and max(problem.head_dim, problem.value_dim) > self.max_head_dim:
+            reasons.append(f"takes head dims up to {self.max_head_dim}")
+        tokens = _product(problem.grid) * _product(problem.key_grid)
+        if self.max_tokens is not None and tokens > self.max_tokens**2:
+            reasons.append(f"writes out the dense mask, at most {self.max_tokens} queries by {self.max_tokens} keys")
+        for feature, words in _FEATURES.items():
+            if feature in self.lacks and _has(problem, feature):
+                reasons.append(f"does not support {words}")
+        return reasons
+
+
+_FEATURES = {
+    "has_bias": "a position bias",
+    "has_extra_keys": "extra keys",
+    "has_extra_lengths": "extra_lengths",
+    "has_grids": "grids (padded batches)",
+    "groups": "per-head patterns",
+    "members": "unions",
+}
+
+
+def _has(problem: Problem, feature: str) -> bool:
+    if feature == "groups":
+        return problem.num_groups > 1
+    if feature == "members":
+        return problem.num_members > 1
+    return bool(getattr(problem, feature))
+
+
+def _product(lengths: Sequence[int]) -> int:
+    product = 1
+    for length in lengths:
+        product *= length
+    return product
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The tensors of one attention call, as the registered operator gets them.
+
+    `query` `[batch, *grid, heads, head_dim]`, `key` and `value` `[batch, *key_grid, kv_heads, ...]`, `tables` and
+    `layout` from `packing`, `bias` all groups' tables in one vector, `extra_key` and `extra_value`
+    `[batch, tokens, kv_heads, ...]`, `extra_lengths` int64 `[batch]`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    tables: torch.Tensor
+    bias: torch.Tensor | None
+    extra_key: torch.Tensor | None
+    extra_value: torch.Tensor | None
+    extra_lengths: torch.Tensor | None
+    layout: Layout
+    scale: float
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The query grid."""
+        return tuple(self.query.shape[1:-2])
+
+    @property
+    def key_grid(self) -> tuple[int, ...]:
+        """The key grid."""
+        return tuple(self.key.shape[1:-2])
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The tensors that may take a gradient, in the order of `Gradients`."""
+        return (self.query, self.key, self.value, self.bias, self.extra_key, self.extra_value)
+
+
+Gradients = tuple[torch.Tensor | None, ...]
+"""Gradients of query, key, value, bias, extra_key, extra_value; None where not asked for."""
+
+Forward = Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]
+Backward = Callable[
+    [Inputs, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Sequence[bool]], Gradients
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A way to compute attention.
+
+    `forward` returns the output and the log-sum-exp. `backward` takes the inputs, these two, and their
+    gradients (either may be None), and which gradients are needed. `differentiable` is a forward made of
+    plain torch operations that autograd can go through twice. `describe` tells `explain` how the
+    problem would be cut up.
+    """
+
+    name: str
+    capability: Capability
+    forward: Forward
+    backward: Backward
+    differentiable: Forward
+    describe: Callable[[Problem, Any, Layout], dict[str, Any]]
+
+
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Make a back end known; the automatic choice tries them in the order they were registered."""
+    _BACKENDS[backend.name] = backend
+
+
+def known() -> tuple[str, ...]:
+    """Names of the back ends of this installation, best first."""
+    return tuple(_BACKENDS)
+
+
+def find(name: str) -> Backend:
+    """The back end of that name."""
+    return _BACKENDS[name]
+
+
+PLANNED = ("cpu", "triton", "flex", "natten")
+"""Back ends the design names; one that is not registered here refuses with that as its reason."""
+
+
+def refusals(problem: Problem) -> dict[str, list[str]]:
+    """For every back end all reasons why it cannot take the problem."""
+    reasons = {name: backend.capability.refusals(problem) for name, backend in _BACKENDS.items()}
+    for name in PLANNED:
+        reasons.setdefault(name, ["is not part of this version of vicinal"])
+    return reasons
+
+
+def choose(problem: Problem, name: str | None) -> str:
+    """The back end to use: the one asked for, or the first that can.
+
+    >>> choose(Problem("cpu", torch.float32, (8, 8), (8, 8), 2, 2, 32, 32), None)
+    'tiled'
+    """
+    reasons = refusals(problem)
+    if name is None:
+        for candidate in _BACKENDS:
+            if not reasons[candidate]:
+                return candidate
+        raise BackendRefused(f"no back end can take this problem: {_listed(reasons)}")
+    if name not in reasons:
+        raise ValueError(f"backend must be None or one of {', '.join(reasons)}, got {name!r}")
+    if reasons[name]:
+        raise BackendRefused(f"backend {name!r} cannot take this problem: {_listed({name: reasons[name]})}")
+    return name
+
+
+def _listed(reasons: dict[str, list[str]]) -> str:
+    return "; ".join(f"{name} {reason}" for name, some in reasons.items() for reason in some)
+
+
+def gradients_through(
+    differentiable: Forward,
+    inputs: Inputs,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    needs: Sequence[bool],
+    *,
+    create_graph: bool,
+) -> Gradients:
+    """Run a differentiable forward again and let autograd take its gradients."""
+    with torch.enable_grad():
+        # an alias each, so that one tensor given twice (as query and as key, say) still gets two gradients
+        aliases: list[torch.Tensor | None] = []
+        for tensor, need in zip(inputs.tensors(), needs, strict=True):
+            if tensor is None or not need:
+                aliases.append(tensor)
+            elif create_graph:
+                aliases.append(tensor.view_as(tensor))
+            else:
+                aliases.append(tensor.detach().requires_grad_())
+        query, key, value, bias, extra_key, extra_value = aliases
+        assert query is not None
+        assert key is not None
+        assert value is not None
+        alias = dataclasses.replace(
+            inputs, query=query, key=key, value=value, bias=bias, extra_key=extra_key, extra_value=extra_value
+        )
+        results = zip(differentiable(alias), (grad_out, grad_lse), strict=True)
+        pairs = [(result, grad) for result, grad in results if grad is not None and result.requires_grad]
+        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if alias is not None and need]
+        grads: list[torch.Tensor | None] = [None] * len(wanted)
+        if pairs and wanted:
+            outputs, grad_outputs = zip(*pairs, strict=True)
+            grads = list(
+                torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True, create_graph=create_graph)
+            )
+    stream = iter(grads)
+    found: list[torch.Tensor | None] = []
+    for alias_tensor, need in zip(aliases, needs, strict=True):
+        if alias_tensor is None or not need:
+            found.append(None)
+        else:
+            grad = next(stream)
+            found.append(torch.zeros_like(alias_tensor) if grad is None else grad)
+    return tuple(found)

@@ -1,0 +1,110 @@
+"""The registered operators: their schemas, fakes, gradients and costs.
+
+`vicinal::attend` takes packed tables and the name of a back end, and knows no pattern. It is opaque to compilers
+and exporters; what they need to know of it is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vicinal.ops import backend
+from vicinal.ops.backend import Gradients, Inputs, gradients_through
+from vicinal.ops.packing import Layout
+
+library = torch.library.Library("vicinal", "DEF")
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor tables, Tensor? bias, Tensor? extra_key, Tensor? extra_value, "
+    "Tensor? extra_lengths"
+)
+library.define(f"attend({_TENSORS}, int[] layout, float scale, str backend) -> (Tensor, Tensor)")
+library.define(
+    f"attend_backward(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}, int[] layout, "
+    "float scale, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _inputs(tensors: Sequence[torch.Tensor | None], layout: Sequence[int], scale: float) -> Inputs:
+    query, key, value, tables, bias, extra_key, extra_value, extra_lengths = tensors
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    assert tables is not None
+    return Inputs(
+        query, key, value, tables, bias, extra_key, extra_value, extra_lengths, Layout.unpack(layout), scale
+    )
+
+
+def _attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *tensors, layout, scale, name = arguments
+    return backend.find(name).forward(_inputs(tensors, layout, scale))
+
+
+def attend_plain(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`vicinal::attend` in plain ATen operations, for programs that must run without this library."""
+    *tensors, layout, scale, name = arguments
+    return backend.find(name).differentiable(_inputs(tensors, layout, scale))
+
+
+def _attend_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query, _, value = arguments[:3]
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return out, lse
+
+
+def _attend_backward(
+    grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    *tensors, layout, scale, name, needs = rest
+    inputs = _inputs(tensors, layout, scale)
+    found = backend.find(name).backward(inputs, out, lse, grad_out, grad_lse, needs)
+    return tuple(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in found)
+
+
+def _attend_backward_fake(
+    grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    del grad_out, grad_lse, out, lse
+    tensors, needs = rest[:8], rest[-1]
+    wanted = (*tensors[:3], *tensors[4:7])
+    return tuple(
+        tensors[0].new_empty(0) if tensor is None or not need else tensor.new_empty(tensor.shape)
+        for tensor, need in zip(wanted, needs, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.layout, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Gradients:
+    *tensors, out, lse = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[position] for position in (0, 1, 2, 4, 5, 6)]
+    grads: Gradients
+    if grad_out is None and grad_lse is None:
+        grads = (None,) * 6
+    elif torch.is_grad_enabled():  # create_graph: only plain torch operations can be differentiated again
+        inputs = _inputs(tensors, ctx.layout, ctx.scale)
+        again = backend.find(ctx.backend).differentiable
+        grads = gradients_through(again, inputs, grad_out, grad_lse, needs, create_graph=True)
+    else:
+        packed = torch.ops.vicinal.attend_backward(
+            grad_out, grad_lse, out, lse, *tensors, ctx.layout, ctx.scale, ctx.backend, needs
+        )
+        grads = tuple(grad if need else None for grad, need in zip(packed, needs, strict=True))
+    query, key, value, bias, extra_key, extra_value = grads
+    return (query, key, value, None, bias, extra_key, extra_value, None, None, None, None)
+
+
+library.impl("attend", _attend, "CompositeExplicitAutograd")
+library.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("vicinal::attend", _attend_fake, lib=library)
+torch.library.register_fake("vicinal::attend_backward", _attend_backward_fake, lib=library)
+torch.library.register_autograd("vicinal::attend", _differentiate, setup_context=_save, lib=library)

@@ -1,0 +1,315 @@
+"""Attention in two steps: scores in window order, and a weighted sum of values.
+
+Three operators do it, each linear in each of its tensors, and each one's gradients are the other two: `scores`
+(query against key), `apply` (weights against value) and `spread` (weights against what stands at the queries, summed
+at the keys). So everything here can be differentiated any number of times.
+
+Window order: for each query the keys of the first union member, then those of the next; within a member as nested
+loops over the axes, each from its first key. Where a query has fewer keys than the widest, scores are -inf and weights
+are ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vicinal.ops import checks, operator, resolve
+from vicinal.ops.backend import Inputs
+from vicinal.ops.packing import Layout
+from vicinal.ops.plan import MemberPlan, TileSet
+from vicinal.ops.tiled import Batch, Part, batches, key_rows, parts, query_rows, split, take_keys, take_queries
+from vicinal.pattern.bounds import AnyPattern
+
+_library = operator.library
+_library.define("scores(Tensor query, Tensor key, Tensor tables, int[] layout, float scale) -> Tensor")
+_library.define("apply(Tensor weights, Tensor value, Tensor tables, int[] layout) -> Tensor")
+_library.define("spread(Tensor weights, Tensor query, Tensor tables, int[] layout, int kv_heads, int[] key_grid) -> Tensor")
+
+
+def attention_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pattern: AnyPattern,
+    *,
+    bias: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    extra_key: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Scores before the softmax, `[batch, *grid, heads, window]`, with scale and bias, -inf where there is no key.
+
+    Scores against `extra_key` `[batch, tokens, kv_heads, head_dim]` follow those of the window.
+
+    >>> query, key, value = torch.randn(3, 1, 8, 8, 2, 16).unbind(0)
+    >>> scores = attention_scores(query, key, Near(3))
+    >>> scores.shape
+    torch.Size([1, 8, 8, 2, 9])
+    >>> out = apply_scores(scores.softmax(-1), value, Near(3))
+    >>> torch.allclose(out, vicinal.attention(query, key, value, Near(3)), atol=1e-5)
+    True
+    """
+    pattern_key, rank = resolve.key_of(pattern)
+    grid, key_grid = checks.check_qkv(query, key, None, rank)
+    number = checks.check_scale(scale, query.shape[-1])
+    layout = resolve.packed_layout(pattern_key, grid, key_grid, query.shape[-2])
+    tables = resolve.tables(pattern_key, grid, key_grid, query.device)
+    scores = torch.ops.vicinal.scores(query, key, tables, layout, number)
+    if bias is not None:
+        shapes, heads = resolve.bias_shapes(layout)
+        vector = checks.flatten_bias(bias, shapes, heads, query)
+        index = resolve.bias_index(pattern_key, grid, key_grid, query.shape[-2], query.device)
+        scores = scores + vector.to(scores.dtype)[index]
+    if extra_key is not None:
+        checks.check_extra_keys(extra_key, extra_key, None, query, key, None)
+        shared = query.shape[-2] // key.shape[-2]
+        split_query = query.flatten(1, -3).unflatten(2, (-1, shared))
+        extra = torch.einsum("bnghd,btgd->bnght", split_query * number, extra_key)
+        scores = torch.cat([scores, extra.flatten(2, 3).unflatten(1, grid)], -1)
+    return scores
+
+
+def apply_scores(
+    weights: torch.Tensor, value: torch.Tensor, pattern: AnyPattern, *, extra_value: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum the values of each query's keys with the given weights: `[batch, *grid, heads, value_dim]`.
+
+    `weights` are `[batch, *grid, heads, window (+ tokens)]`, in the order of `attention_scores`; any weights, not
+    just those of a softmax.
+
+    >>> weights, value = torch.ones(1, 5, 1, 3), torch.arange(5.0).reshape(1, 5, 1, 1)
+    >>> apply_scores(weights, value, Near(3)).flatten().tolist()
+    [3.0, 3.0, 6.0, 9.0, 9.0]
+    """
+    pattern_key, rank = resolve.key_of(pattern)
+    checks.check_tensor("weights", weights)
+    checks.check_tensor("value", value)
+    ranks = checks.RANKS if rank is None else (rank,)
+    if weights.dim() - 3 not in ranks:
+        raise ValueError(
+            f"weights must have {' or '.join(str(axes + 3) for axes in ranks)} axes [batch, *grid, heads, window], "
+            f"got {checks.shape_of(weights)}"
+        )
+    if value.dim() != weights.dim() or value.shape[0] != weights.shape[0] or weights.shape[-2] % value.shape[-2]:
+        raise ValueError(
+            f"value must be [batch, *key_grid, kv_heads, value_dim] with the batch of weights ({weights.shape[0]}) and "
+            f"a number of heads that divides {weights.shape[-2]}, got {checks.shape_of(value)}"
+        )
+    checks.check_same("value", value, weights)
+    grid, key_grid = tuple(weights.shape[1:-2]), tuple(value.shape[1:-2])
+    layout = resolve.packed_layout(pattern_key, grid, key_grid, weights.shape[-2])
+    window = resolve.window(layout)
+    tokens = 0 if extra_value is None else extra_value.shape[1]
+    if weights.shape[-1] != window + tokens:
+        raise ValueError(
+            f"weights must have {window} entries in the last axis for this pattern"
+            f"{f' and {tokens} for extra_value' if tokens else ''}, got {weights.shape[-1]}"
+        )
+    tables = resolve.tables(pattern_key, grid, key_grid, weights.device)
+    out: torch.Tensor = torch.ops.vicinal.apply(weights[..., :window], value, tables, layout)
+    if extra_value is not None:
+        checks.check_same("extra_value", extra_value, weights)
+        shared = weights.shape[-2] // value.shape[-2]
+        own = weights[..., window:].flatten(1, -3).unflatten(2, (-1, shared))
+        out = out + torch.einsum("bnght,btgd->bnghd", own, extra_value).flatten(2, 3).unflatten(1, grid)
+    return out
+
+
+def _bundle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float = 1.0) -> Inputs:
+    return Inputs(query, key, value, tables, None, None, None, None, Layout.unpack(layout), scale)
+
+
+_Piece = tuple[slice, Part, Batch, TileSet, torch.Tensor, torch.Tensor, slice]
+
+
+def _pieces(inputs: Inputs) -> Iterator[_Piece]:
+    """Every chunk of every member: its heads, part, batch, tiles, window index and validity, window columns."""
+    for samples, plan, length in split(inputs, bounded=True):
+        num_queries, num_keys = math.prod(plan.grid), math.prod(plan.key_grid)
+        for (heads, part), members, layout in zip(
+            parts(inputs, samples, plan, length), plan.groups, inputs.layout.groups, strict=True
+        ):
+            begin = 0
+            for member, axes in zip(members, layout.members, strict=True):
+                most = tuple(axis.most for axis in axes)
+                columns = slice(begin, begin + math.prod(most))
+                begin = columns.stop
+                for tiles in member.sets:
+                    single = MemberPlan(member.member, (tiles,))
+                    for batch in batches(part, single, num_queries, num_keys, whole=False):
+                        index, valid = tiles.window(batch.chunk.shapes, most)
+                        index, valid = _for_tiles(index, part, batch), _for_tiles(valid, part, batch)
+                        yield heads, part, batch, tiles, index, valid, columns
+
+
+def _for_tiles(shapes: torch.Tensor, part: Part, batch: Batch) -> torch.Tensor:
+    """`[shapes, queries, window]` as `[tiles, kv_heads, shared * queries, window]`."""
+    shapes = shapes.to(part.query.device)
+    tiles = len(batch.query_index)
+    if batch.chunk.which is None:
+        own = shapes.expand(tiles, -1, -1)
+    else:
+        which = batch.chunk.which.to(shapes.device)
+        own = shapes[which.repeat(tiles // len(which))]
+    return own[:, None, None].expand(-1, part.kv_heads, part.shared, -1, -1).flatten(2, 3)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float) -> torch.Tensor:
+    inputs = _bundle(query, key, key, tables, layout)
+    out = query.new_full((*query.shape[:-1], inputs.layout.window), -math.inf)
+    if not query.shape[0]:
+        return out
+    rows = out.view(-1, query.shape[-2], inputs.layout.window)
+    for heads, part, batch, _, index, valid, columns in _pieces(inputs):
+        tile = take_queries(part.query, batch.query_index, part).to(part.compute_dtype)
+        keys = take_keys(part.key, batch.key_index, part).to(part.compute_dtype)
+        picked = torch.matmul(tile, keys.transpose(-1, -2)).mul_(scale).gather(-1, index)
+        found = query_rows(picked.masked_fill_(~valid, -math.inf), part).view(-1, part.heads, index.shape[-1])
+        where = batch.query_index.reshape(-1)
+        if batch.keep is not None:
+            where, found = where[batch.keep.reshape(-1)], found[batch.keep.reshape(-1)]
+        rows[where, heads, columns] = found.to(out.dtype)
+    return out
+
+
+def _dense_weights(
+    weights: torch.Tensor, heads: slice, part: Part, batch: Batch, tiles: TileSet, index: torch.Tensor,
+    valid: torch.Tensor, columns: slice,
+) -> torch.Tensor:  # fmt: skip
+    """Weights in window order as `[tiles, kv_heads, shared * queries, keys]` of their tiles."""
+    rows = weights.reshape(-1, *weights.shape[-2:])[:, heads, columns].to(part.compute_dtype)
+    own = take_queries(rows.reshape(len(rows), -1), batch.query_index, part)
+    own = torch.where(valid, own, 0.0)
+    if batch.keep is not None:
+        keep = batch.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
+        own = torch.where(keep, own, 0.0)
+    return own.new_zeros(*own.shape[:-1], tiles.keys).scatter_add_(-1, index, own)
+
+
+def _apply(weights: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layout: Sequence[int]) -> torch.Tensor:
+    shape = (*weights.shape[:-1], value.shape[-1])
+    out = weights.new_zeros(shape)
+    if not weights.shape[0]:
+        return out
+    inputs = _bundle(weights, value, value, tables, layout)
+    rows = out.view(-1, *shape[-2:])
+    for heads, part, batch, tiles, index, valid, columns in _pieces(inputs):
+        dense = _dense_weights(weights, heads, part, batch, tiles, index, valid, columns)
+        values = take_keys(part.value, batch.key_index, part).to(part.compute_dtype)
+        found = query_rows(torch.matmul(dense, values), part).view(-1, part.heads, part.value_dim)
+        where = batch.query_index.reshape(-1)
+        if batch.keep is not None:
+            where, found = where[batch.keep.reshape(-1)], found[batch.keep.reshape(-1)]
+        rows[where, heads] += found.to(out.dtype)
+    return out
+
+
+def _spread(
+    weights: torch.Tensor, query: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], kv_heads: int,
+    key_grid: Sequence[int],
+) -> torch.Tensor:  # fmt: skip
+    batch_size, head_dim = query.shape[0], query.shape[-1]
+    out = query.new_zeros(batch_size, *key_grid, kv_heads, head_dim)
+    if not batch_size:
+        return out
+    inputs = _bundle(query, out, out, tables, layout)
+    shared = query.shape[-2] // kv_heads
+    total = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
+    rows = total.view(-1, kv_heads, head_dim)
+    for heads, part, batch, tiles, index, valid, columns in _pieces(inputs):
+        dense = _dense_weights(weights, heads, part, batch, tiles, index, valid, columns)
+        own = take_queries(part.query, batch.query_index, part).to(part.compute_dtype)
+        found = key_rows(torch.matmul(dense.transpose(-1, -2), own)).view(-1, part.kv_heads, head_dim)
+        where = batch.key_index.reshape(-1)
+        if part.shared == shared:
+            rows[:, heads.start // shared : heads.stop // shared].index_add_(0, where, found)
+        else:  # a group that splits key heads
+            for place, head in enumerate(range(heads.start, heads.stop)):
+                rows[:, head // shared].index_add_(0, where, found[:, place])
+    return total.to(query.dtype)
+
+
+def _scores_fake(query: torch.Tensor, key: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float) -> torch.Tensor:
+    del key, tables, scale
+    return query.new_empty(*query.shape[:-1], Layout.unpack(layout).window)
+
+
+def _apply_fake(weights: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layout: Sequence[int]) -> torch.Tensor:
+    del tables, layout
+    return weights.new_empty(*weights.shape[:-1], value.shape[-1])
+
+
+def _spread_fake(
+    weights: torch.Tensor, query: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], kv_heads: int,
+    key_grid: Sequence[int],
+) -> torch.Tensor:  # fmt: skip
+    del weights, tables, layout
+    return query.new_empty(query.shape[0], *key_grid, kv_heads, query.shape[-1])
+
+
+def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    del output
+    query, key, tables, ctx.layout, ctx.scale = inputs
+    ctx.save_for_backward(query, key, tables)
+
+
+def _differentiate_scores(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    query, key, tables = ctx.saved_tensors
+    ops = torch.ops.vicinal
+    grad = grad * ctx.scale
+    grad_query = ops.apply(grad, key, tables, ctx.layout) if ctx.needs_input_grad[0] else None
+    grad_key = None
+    if ctx.needs_input_grad[1]:
+        grad_key = ops.spread(grad, query, tables, ctx.layout, key.shape[-2], key.shape[1:-2])
+    return grad_query, grad_key, None, None, None
+
+
+def _save_apply(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    del output
+    weights, value, tables, ctx.layout = inputs
+    ctx.save_for_backward(weights, value, tables)
+
+
+def _differentiate_apply(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    weights, value, tables = ctx.saved_tensors
+    ops = torch.ops.vicinal
+    grad_weights = grad_value = None
+    if ctx.needs_input_grad[0]:
+        grad_weights = _cut_window(ops.scores(grad, value, tables, ctx.layout, 1.0))
+    if ctx.needs_input_grad[1]:
+        grad_value = ops.spread(weights, grad, tables, ctx.layout, value.shape[-2], value.shape[1:-2])
+    return grad_weights, grad_value, None, None
+
+
+def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    del output
+    weights, query, tables, ctx.layout, _, _ = inputs
+    ctx.save_for_backward(weights, query, tables)
+
+
+def _differentiate_spread(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    weights, query, tables = ctx.saved_tensors
+    ops = torch.ops.vicinal
+    grad_weights = grad_query = None
+    if ctx.needs_input_grad[0]:
+        grad_weights = _cut_window(ops.scores(query, grad, tables, ctx.layout, 1.0))
+    if ctx.needs_input_grad[1]:
+        grad_query = ops.apply(weights, grad, tables, ctx.layout)
+    return grad_weights, grad_query, None, None, None, None
+
+
+def _cut_window(scores: torch.Tensor) -> torch.Tensor:
+    """Scores as a gradient of weights: 0, not -inf, where there is no key."""
+    return torch.where(scores == -math.inf, 0.0, scores)
+
+
+for _name, _run, _fake, _backward, _setup in (
+    ("scores", _scores, _scores_fake, _differentiate_scores, _save_scores),
+    ("apply", _apply, _apply_fake, _differentiate_apply, _save_apply),
+    ("spread", _spread, _spread_fake, _differentiate_spread, _save_spread),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vicinal::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"vicinal::{_name}", _backward, setup_context=_setup, lib=_library)

@@ -1,0 +1,622 @@
+"""The portable back end: tiles of queries against the keys they need, in plain torch operations.
+
+Every tile gathers its queries and the interval of keys that covers what they see, in batches ("chunks") small
+enough to stay in cache, so memory grows with tokens times window and no copy of the whole input is made. On CPU a
+chunk goes through torch's own fused attention where that can take it; otherwise through batched matrix products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vicinal.ops.backend import Backend, Capability, Gradients, Inputs, Problem, register
+from vicinal.ops.merge import merge_pair
+from vicinal.ops.packing import Layout, pack_tables
+from vicinal.ops.plan import Chunk, MemberPlan, RowPlan, TileSet, plan_row
+
+CHUNK_BYTES = 6 << 20
+"""What a chunk's copies and scores may take; about what stays in the caches of a CPU."""
+
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Samples of one size, one head group: contiguous rows `[samples * tokens, heads * dim]` and what they mean."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    samples: int
+    kv_heads: int
+    shared: int
+    bias: torch.Tensor | None
+    extra_key: torch.Tensor | None
+    extra_value: torch.Tensor | None
+    scale: float
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.shared
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[1] // self.heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.value.shape[1] // self.kv_heads
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
+def _as_rows(tensor: torch.Tensor, heads: slice) -> torch.Tensor:
+    """`[samples, *grid, heads, dim]` as rows `[samples * tokens, heads * dim]`, of some heads."""
+    part = tensor[..., heads, :]
+    return part.reshape(-1, part.shape[-2] * part.shape[-1]).contiguous()
+
+
+def take_queries(rows: torch.Tensor, index: torch.Tensor, part: Part) -> torch.Tensor:
+    """Query-sided rows of some tiles, `[tiles, kv_heads, shared * queries, dim]`."""
+    tiles, queries = index.shape
+    picked = rows.index_select(0, index.reshape(-1))
+    picked = picked.view(tiles, queries, part.kv_heads, part.shared, -1).permute(0, 2, 3, 1, 4)
+    return picked.reshape(tiles, part.kv_heads, part.shared * queries, -1)
+
+
+def query_rows(tiles: torch.Tensor, part: Part) -> torch.Tensor:
+    """The inverse of `take_queries`: `[tiles * queries, heads * dim]`."""
+    count, _, rows, dim = tiles.shape
+    queries = rows // part.shared
+    back = tiles.view(count, part.kv_heads, part.shared, queries, dim).permute(0, 3, 1, 2, 4)
+    return back.reshape(count * queries, part.heads * dim)
+
+
+def take_keys(rows: torch.Tensor, index: torch.Tensor, part: Part) -> torch.Tensor:
+    """Key-sided rows of some tiles, `[tiles, kv_heads, keys, dim]`."""
+    tiles, keys = index.shape
+    return rows.index_select(0, index.reshape(-1)).view(tiles, keys, part.kv_heads, -1).transpose(1, 2)
+
+
+def key_rows(tiles: torch.Tensor) -> torch.Tensor:
+    """The inverse of `take_keys`: `[tiles * keys, kv_heads * dim]`."""
+    return tiles.transpose(1, 2).reshape(tiles.shape[0] * tiles.shape[2], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A chunk's tiles of some samples, with flat row numbers and what is added to their scores."""
+
+    chunk: Chunk
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    samples: slice
+    added: torch.Tensor | None
+    keep: torch.Tensor | None
+    may_be_blind: bool
+
+    def extra(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Extra tokens of these samples for every tile, `[tiles, kv_heads, tokens, dim]`."""
+        own = tensor[self.samples].transpose(1, 2)
+        return own[:, None].expand(-1, self.chunk.size, -1, -1, -1).flatten(0, 1)
+
+
+def batches(part: Part, plan: MemberPlan, num_queries: int, num_keys: int, *, whole: bool) -> Iterator[Batch]:
+    """All chunks of a member; with `whole` each set of tiles at once."""
+    device = part.query.device
+    for tiles in plan.sets:
+        per_tile = part.heads * (
+            tiles.queries * tiles.keys + (tiles.queries + tiles.keys) * (part.head_dim + part.value_dim)
+        )
+        capacity = max(1, CHUNK_BYTES // (per_tile * 4))
+        if whole:
+            capacity = tiles.num_tiles
+        at_once = max(1, capacity // max(tiles.num_tiles, 1))
+        for chunk in tiles.chunks(min(capacity, tiles.num_tiles)):
+            added = _added(part, tiles, chunk)
+            # no range() over the samples of a whole batch: their number may be symbolic under export
+            begins = [0] if whole else range(0, part.samples, at_once)
+            for begin in begins:
+                samples = slice(begin, part.samples if whole else min(begin + at_once, part.samples))
+                number = torch.arange(samples.start, samples.stop)[:, None, None]
+                query_index = (chunk.query_rows + number * num_queries).flatten(0, 1)
+                key_index = (chunk.key_rows + number * num_keys).flatten(0, 1)
+                repeats = samples.stop - samples.start
+                keep = None if chunk.is_query is None else chunk.is_query.repeat(repeats, 1).to(device)
+                here = added
+                if added is not None and chunk.which is not None:
+                    here = added[chunk.which.to(device).repeat(repeats)]
+                blind = tiles.may_be_blind and part.extra_key is None
+                yield Batch(chunk, query_index.to(device), key_index.to(device), samples, here, keep, blind)
+
+
+def _added(part: Part, tiles: TileSet, chunk: Chunk) -> torch.Tensor | None:
+    """Mask and bias to add to scores: `[shapes, 1 or kv_heads, shared * queries, keys (+ extra)]`, or None."""
+    if part.bias is None and not tiles.needs_mask:
+        return None
+    device = part.query.device
+    added = torch.zeros(len(chunk.shapes), 1, 1, tiles.queries, tiles.keys, dtype=part.compute_dtype, device=device)
+    if part.bias is not None:
+        index = tiles.bias_index(chunk.shapes).to(device)
+        bias = part.bias.flatten(1)[:, index].transpose(0, 1)
+        added = bias.unflatten(1, (part.kv_heads, part.shared)).to(part.compute_dtype)
+    if tiles.needs_mask:
+        seen = tiles.mask(chunk.shapes).to(device)[:, None, None]
+        added = added.masked_fill(~seen, -math.inf)
+    if part.extra_key is not None:
+        added = torch.nn.functional.pad(added, (0, part.extra_key.shape[1]))
+    return added.expand(-1, -1, part.shared, -1, -1).flatten(2, 3)
+
+
+def _tile_inputs(part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query = take_queries(part.query, batch.query_index, part)
+    key, value = take_keys(part.key, batch.key_index, part), take_keys(part.value, batch.key_index, part)
+    if part.extra_key is not None and part.extra_value is not None:
+        key = torch.cat([key, batch.extra(part.extra_key)], 2)
+        value = torch.cat([value, batch.extra(part.extra_value)], 2)
+    return query, key, value
+
+
+def _softmax_tiles(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each tile by matrix products, differentiable any number of times."""
+    scores = torch.matmul(query * scale, key.transpose(-1, -2))
+    if added is not None:
+        scores = scores + added
+    top = scores.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    blind = total == 0
+    safe = torch.where(blind, 1.0, total)
+    lse = torch.where(blind, -math.inf, top + torch.log(safe))
+    return torch.matmul(weights / safe, value), lse.squeeze(-1)
+
+
+def _can_fuse(part: Part) -> bool:
+    return (
+        _FLASH is not None
+        and _FLASH_BACKWARD is not None
+        and part.query.device.type == "cpu"
+        and part.head_dim == part.value_dim
+    )
+
+
+def _fused_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    added: torch.Tensor | None,
+    scale: float,
+    *,
+    may_be_blind: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each tile by torch's fused CPU kernel."""
+    assert _FLASH is not None
+    if added is None:
+        out, lse = _FLASH(query, key, value, scale=scale)
+        return out, lse
+    mask = added.expand(query.shape[0], query.shape[1], -1, -1)
+    out, lse = _FLASH(query, key, value, attn_mask=mask, scale=scale)
+    if not may_be_blind:
+        return out, lse
+    # for a query that sees nothing the kernel's lse is not specified
+    blind = (added == -math.inf).all(-1)
+    return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -math.inf)
+
+
+def _member(
+    part: Part, plan: MemberPlan, num_queries: int, num_keys: int, *, differentiable: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output rows `[samples * queries, heads * value_dim]` and lse rows `[samples * queries, heads]`."""
+    fused = not differentiable and _can_fuse(part)
+    rows = part.samples * num_queries
+    dtype = part.query.dtype if fused else part.compute_dtype
+    out = part.query.new_empty(rows, part.heads * part.value_dim, dtype=dtype)
+    lse = part.query.new_empty(rows, part.heads, dtype=part.compute_dtype)
+    for batch in batches(part, plan, num_queries, num_keys, whole=differentiable):
+        query, key, value = _tile_inputs(part, batch)
+        if not fused:
+            query, key, value = (tensor.to(part.compute_dtype) for tensor in (query, key, value))
+        if fused:
+            tile_out, tile_lse = _fused_tiles(
+                query, key, value, batch.added, part.scale, may_be_blind=batch.may_be_blind
+            )
+        else:
+            tile_out, tile_lse = _softmax_tiles(query, key, value, batch.added, part.scale)
+        out_rows = query_rows(tile_out, part)
+        lse_rows = query_rows(tile_lse.unsqueeze(-1), part).to(part.compute_dtype)
+        index = batch.query_index.reshape(-1)
+        if batch.keep is not None:
+            keep = batch.keep.reshape(-1)
+            index, out_rows, lse_rows = index[keep], out_rows[keep], lse_rows[keep]
+        if differentiable:
+            out, lse = out.index_copy(0, index, out_rows), lse.index_copy(0, index, lse_rows)
+        else:
+            out.index_copy_(0, index, out_rows)
+            lse.index_copy_(0, index, lse_rows)
+    return out, lse
+
+
+def split(inputs: Inputs, *, bounded: bool) -> Iterator[tuple[list[int] | None, RowPlan, int | None]]:
+    """Samples that can be computed together: their numbers (None for all), the plan, and their extra length."""
+    layout = inputs.layout.pack()
+    biased = inputs.bias is not None
+    rows = host_rows(inputs.tables)
+    lengths = None if inputs.extra_lengths is None else inputs.extra_lengths.tolist()
+    if len(rows) == 1 and lengths is None:
+        yield None, plan_row(rows[0].tobytes(), layout, inputs.grid, bounded=bounded, biased=biased), None
+        return
+    alike: dict[tuple[bytes, int | None], list[int]] = {}
+    for sample in range(inputs.query.shape[0]):
+        row = rows[sample % len(rows)].tobytes()
+        alike.setdefault((row, None if lengths is None else lengths[sample]), []).append(sample)
+    for (row, length), samples in alike.items():
+        yield samples, plan_row(row, layout, inputs.grid, bounded=bounded, biased=biased), length
+
+
+def host_rows(tables: torch.Tensor) -> Any:
+    """Packed tables as a NumPy array, also while a tracer or a fake mode watches (they are constants to it)."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        return tables.cpu().numpy()
+
+
+def _pick(tensor: torch.Tensor, samples: list[int] | None, grid: tuple[int, ...] | None) -> torch.Tensor:
+    """Some samples of a padded tensor `[batch, *grid, ...]`, cut to their own grid."""
+    if samples is not None and samples != list(range(tensor.shape[0])):
+        tensor = tensor[torch.tensor(samples, device=tensor.device)]
+    if grid is None:
+        return tensor
+    return tensor[(slice(None), *(slice(length) for length in grid))]
+
+
+def parts(
+    inputs: Inputs, samples: list[int] | None, plan: RowPlan, extra_length: int | None
+) -> Iterator[tuple[slice, Part]]:
+    """The head groups of some samples, each as rows; with the heads it stands for."""
+    query = _pick(inputs.query, samples, plan.grid)
+    key, value = _pick(inputs.key, samples, plan.key_grid), _pick(inputs.value, samples, plan.key_grid)
+    extras: list[torch.Tensor | None] = []
+    for extra in (inputs.extra_key, inputs.extra_value):
+        own = None if extra is None else _pick(extra, samples, None)[:, :extra_length]
+        extras.append(own if own is not None and own.shape[1] else None)
+    biases = None if inputs.bias is None else inputs.bias.split(list(inputs.layout.bias_sizes))
+    shared = query.shape[-2] // key.shape[-2]
+    begin = 0
+    for number, group in enumerate(inputs.layout.groups):
+        heads = slice(begin, begin + group.heads)
+        begin = heads.stop
+        kv_heads, own_shared = key_heads(heads, shared)
+        bias = None
+        if biases is not None:
+            bias = biases[number].view(group.heads, *(group.bias_shape or ()))
+        yield (
+            heads,
+            Part(
+                query=_as_rows(query, heads),
+                key=_as_rows(key, kv_heads) if isinstance(kv_heads, slice) else _as_rows(key[..., kv_heads, :], slice(None)),
+                value=_as_rows(value, kv_heads) if isinstance(kv_heads, slice) else _as_rows(value[..., kv_heads, :], slice(None)),
+                samples=query.shape[0],
+                kv_heads=group.heads // own_shared,
+                shared=own_shared,
+                bias=bias,
+                extra_key=None if extras[0] is None else extras[0][:, :, kv_heads],
+                extra_value=None if extras[1] is None else extras[1][:, :, kv_heads],
+                scale=inputs.scale,
+            ),
+        )
+
+
+def key_heads(heads: slice, shared: int) -> tuple[slice | list[int], int]:
+    """The key heads that query heads share, and by how many each; a list where a group splits a shared one.
+
+    >>> key_heads(slice(4, 8), 2), key_heads(slice(1, 4), 2)
+    ((slice(2, 4, None), 2), ([0, 1, 1], 1))
+    """
+    if heads.start % shared == 0 and heads.stop % shared == 0:
+        return slice(heads.start // shared, heads.stop // shared), shared
+    return [head // shared for head in range(heads.start, heads.stop)], 1
+
+
+def _run(inputs: Inputs, *, differentiable: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
+    batch, grid, heads = inputs.query.shape[0], inputs.grid, inputs.query.shape[-2]
+    whole_out = inputs.query.new_zeros(batch, *grid, heads, inputs.value.shape[-1])
+    whole_lse = inputs.query.new_full((batch, *grid, heads), -math.inf, dtype=lse_dtype)
+    if not batch:
+        return whole_out, whole_lse
+    for samples, plan, extra_length in split(inputs, bounded=differentiable):
+        outs, lses = [], []
+        for (_, part), members in zip(parts(inputs, samples, plan, extra_length), plan.groups, strict=True):
+            out, lse = _group(part, members, plan, differentiable=differentiable)
+            outs.append(out.view(part.samples, *plan.grid, part.heads, part.value_dim).to(inputs.query.dtype))
+            lses.append(lse.view(part.samples, *plan.grid, part.heads).to(lse_dtype))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, -2)
+        lse = lses[0] if len(lses) == 1 else torch.cat(lses, -1)
+        if samples is None and plan.grid == grid:
+            return out, lse
+        chosen = torch.arange(batch) if samples is None else torch.tensor(samples)
+        where = (chosen.to(out.device), *(slice(length) for length in plan.grid))
+        if differentiable:
+            whole_out, whole_lse = whole_out.clone(), whole_lse.clone()
+        whole_out[where] = out
+        whole_lse[where] = lse
+    return whole_out, whole_lse
+
+
+def _group(
+    part: Part, members: Sequence[MemberPlan], plan: RowPlan, *, differentiable: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_queries, num_keys = math.prod(plan.grid), math.prod(plan.key_grid)
+    result: tuple[torch.Tensor, torch.Tensor] | None = None
+    for number, member in enumerate(members):
+        own = part if number == 0 else dataclasses.replace(part, extra_key=None, extra_value=None)
+        out, lse = _member(own, member, num_queries, num_keys, differentiable=differentiable)
+        if result is None:
+            result = (out, lse)
+            continue
+        shape = (len(out), part.heads, part.value_dim)
+        merged, lse = merge_pair(result[0].view(shape), result[1], out.view(shape), lse)
+        result = (merged.flatten(1), lse)
+    assert result is not None
+    return result
+
+
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp, chunk by chunk."""
+    return _run(inputs, differentiable=False)
+
+
+def differentiable(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain ATen operations on all tiles at once: for export and for double backward."""
+    return _run(inputs, differentiable=True)
+
+
+def backward(
+    inputs: Inputs,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Gradients of everything asked for, chunk by chunk, recomputing the scores."""
+    compute = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
+    grads: list[torch.Tensor | None] = [
+        tensor.new_zeros(tensor.shape, dtype=compute) if tensor is not None and need else None
+        for tensor, need in zip(inputs.tensors(), needs, strict=True)
+    ]
+    if inputs.query.shape[0] and (grad_out is not None or grad_lse is not None):
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        for samples, plan, extra_length in split(inputs, bounded=True):
+            _backward_samples(inputs, out, lse, grad_out, grad_lse, grads, samples, plan, extra_length)
+    return tuple(
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, inputs.tensors(), strict=True)
+    )
+
+
+def _backward_samples(
+    inputs: Inputs,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    grads: list[torch.Tensor | None],
+    samples: list[int] | None,
+    plan: RowPlan,
+    extra_length: int | None,
+) -> None:
+    num_queries, num_keys = math.prod(plan.grid), math.prod(plan.key_grid)
+    shared = inputs.query.shape[-2] // inputs.key.shape[-2]
+    own = {
+        "out": _pick(out, samples, plan.grid),
+        "grad_out": _pick(grad_out, samples, plan.grid),
+        "lse": _pick(lse, samples, plan.grid).unsqueeze(-1),
+        "grad_lse": None if grad_lse is None else _pick(grad_lse, samples, plan.grid).unsqueeze(-1),
+    }
+    bias_at = [0, *torch.tensor(inputs.layout.bias_sizes).cumsum(0).tolist()]
+    for number, (heads, part) in enumerate(parts(inputs, samples, plan, extra_length)):
+        rows = {name: None if tensor is None else _as_rows(tensor, heads) for name, tensor in own.items()}
+        sinks = _Sinks.for_part(part, grads)
+        for position, member in enumerate(plan.groups[number]):
+            mine = part if position == 0 else dataclasses.replace(part, extra_key=None, extra_value=None)
+            for batch, tiles in _backward_batches(mine, member, num_queries, num_keys):
+                _backward_tiles(mine, batch, tiles, rows, sinks)
+        kv_heads, _ = key_heads(heads, shared)
+        for place, sink, group_heads, grid in (
+            (0, sinks.query, heads, plan.grid),
+            (1, sinks.key, kv_heads, plan.key_grid),
+            (2, sinks.value, kv_heads, plan.key_grid),
+        ):
+            if sink is not None:
+                width = part.heads if place == 0 else part.kv_heads
+                _add(grads[place], samples, grid, group_heads, sink.view(part.samples, *grid, width, -1))
+        for place, sink in ((4, sinks.extra_key), (5, sinks.extra_value)):
+            if sink is not None:
+                _add(grads[place], samples, sink.shape[1:2], kv_heads, sink)
+        bias_grad = grads[3]
+        if sinks.bias is not None and bias_grad is not None:
+            bias_grad[bias_at[number] : bias_at[number + 1]] += sinks.bias.flatten()
+
+
+def _add(
+    whole: torch.Tensor | None,
+    samples: list[int] | None,
+    grid: Sequence[int],
+    heads: slice | list[int],
+    part: torch.Tensor,
+) -> None:
+    """Add the gradient of some samples and heads where it belongs."""
+    assert whole is not None
+    view = whole[(slice(None), *(slice(length) for length in grid))]
+    if isinstance(heads, slice):
+        view = view[..., heads, :]
+    else:
+        part = part.new_zeros(*part.shape[:-2], view.shape[-2], part.shape[-1]).index_add_(
+            -2, torch.tensor(heads, device=part.device), part
+        )
+    if samples is None:
+        view += part
+    else:
+        view.index_add_(0, torch.tensor(samples, device=part.device), part)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sinks:
+    """Where a part's gradients are summed; None where not asked for."""
+
+    query: torch.Tensor | None
+    key: torch.Tensor | None
+    value: torch.Tensor | None
+    bias: torch.Tensor | None
+    extra_key: torch.Tensor | None
+    extra_value: torch.Tensor | None
+
+    @staticmethod
+    def for_part(part: Part, grads: Sequence[torch.Tensor | None]) -> _Sinks:
+        sources = (part.query, part.key, part.value, part.bias, part.extra_key, part.extra_value)
+        return _Sinks(
+            *(
+                None if grad is None or source is None else source.new_zeros(source.shape, dtype=part.compute_dtype)
+                for grad, source in zip(grads, sources, strict=True)
+            )
+        )
+
+
+def _backward_batches(
+    part: Part, plan: MemberPlan, num_queries: int, num_keys: int
+) -> Iterator[tuple[Batch, TileSet]]:
+    for tiles in plan.sets:
+        single = dataclasses.replace(plan, sets=(tiles,))
+        for batch in batches(part, single, num_queries, num_keys, whole=False):
+            yield batch, tiles
+
+
+def _backward_tiles(
+    part: Part, batch: Batch, tiles: TileSet, rows: dict[str, torch.Tensor | None], sinks: _Sinks
+) -> None:
+    query, key, value = _tile_inputs(part, batch)
+    assert rows["out"] is not None
+    assert rows["grad_out"] is not None
+    assert rows["lse"] is not None
+    out, grad_out = take_queries(rows["out"], batch.query_index, part), take_queries(rows["grad_out"], batch.query_index, part)
+    lse = take_queries(rows["lse"], batch.query_index, part)
+    # a query that sees nothing has lse -inf: any finite number keeps its weights, exp(-inf - lse), at 0
+    lse = torch.where(lse == -math.inf, 0.0, lse)
+    grad_lse = None if rows["grad_lse"] is None else take_queries(rows["grad_lse"], batch.query_index, part)
+    if batch.keep is not None:
+        keep = batch.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
+        grad_out = grad_out * keep
+        grad_lse = None if grad_lse is None else grad_lse * keep
+    if sinks.bias is None and grad_lse is None and _can_fuse(part):
+        assert _FLASH_BACKWARD is not None
+        mask = None if batch.added is None else batch.added.expand(query.shape[0], query.shape[1], -1, -1)
+        grad_query, grad_key, grad_value = _FLASH_BACKWARD(
+            grad_out, query, key, value, out, lse.squeeze(-1), 0.0, False, attn_mask=mask, scale=part.scale
+        )
+    else:
+        wide = [tensor.to(part.compute_dtype) for tensor in (query, key, value, out, grad_out)]
+        grad_query, grad_key, grad_value, grad_scores = _matmul_backward(*wide, lse, grad_lse, batch.added, part.scale)
+        if sinks.bias is not None:
+            _add_bias_gradient(sinks.bias, part, batch, tiles, grad_scores)
+    if sinks.query is not None:
+        sinks.query.index_add_(0, batch.query_index.reshape(-1), query_rows(grad_query, part).to(part.compute_dtype))
+    own = tiles.keys
+    for sink, extra_sink, grad in (
+        (sinks.key, sinks.extra_key, grad_key),
+        (sinks.value, sinks.extra_value, grad_value),
+    ):
+        if sink is not None:
+            sink.index_add_(0, batch.key_index.reshape(-1), key_rows(grad[:, :, :own]).to(part.compute_dtype))
+        if extra_sink is not None and part.extra_key is not None:
+            summed = grad[:, :, own:].unflatten(0, (-1, batch.chunk.size)).sum(1, dtype=part.compute_dtype)
+            extra_sink[batch.samples] += summed.transpose(1, 2)
+
+
+def _matmul_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    grad_out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    added: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value and scores of each tile; `lse` is that of the whole softmax."""
+    scores = torch.matmul(query * scale, key.transpose(-1, -2))
+    if added is not None:
+        scores += added
+    weights = scores.sub_(lse).exp_()
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta -= grad_lse
+    grad_value = torch.matmul(weights.transpose(-1, -2), grad_out)
+    grad_scores = torch.matmul(grad_out, value.transpose(-1, -2)).sub_(delta).mul_(weights)
+    grad_query = torch.matmul(grad_scores, key).mul_(scale)
+    grad_key = torch.matmul(grad_scores.transpose(-1, -2), query).mul_(scale)
+    return grad_query, grad_key, grad_value, grad_scores
+
+
+def _add_bias_gradient(
+    sink: torch.Tensor, part: Part, batch: Batch, tiles: TileSet, grad_scores: torch.Tensor
+) -> None:
+    """Sum the gradients of scores into the bias entries they read."""
+    grad = grad_scores[..., : tiles.keys].unflatten(2, (part.shared, tiles.queries)).flatten(1, 2)
+    index = tiles.bias_index(batch.chunk.shapes).to(grad.device)
+    if batch.chunk.which is None:
+        summed = grad.sum(0, keepdim=True)
+    else:
+        summed = grad.new_zeros(len(index), *grad.shape[1:])
+        repeats = grad.shape[0] // batch.chunk.size
+        summed.index_add_(0, batch.chunk.which.to(grad.device).repeat(repeats), grad)
+    flat = summed.transpose(0, 1).flatten(1)
+    sink.flatten(1).scatter_add_(1, index.reshape(1, -1).expand(len(flat), -1), flat)
+
+
+def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:
+    row = pack_tables(bounds)[0].tobytes()
+    plan = plan_row(row, layout.pack(), problem.grid, bounded=False, biased=problem.has_bias)
+    groups = []
+    for members in plan.groups:
+        for member in members:
+            groups.append([_describe_set(tiles) for tiles in member.sets])
+    return {"method": "query tiles against the keys they need", "members": groups}
+
+
+def _describe_set(tiles: TileSet) -> dict[str, Any]:
+    needed = sum(int((axis.high - axis.low)[axis.is_query].sum()) for axis in tiles.axes[:1])
+    for axis in tiles.axes[1:]:
+        needed *= int((axis.high - axis.low)[axis.is_query].sum())
+    computed = tiles.num_tiles * tiles.queries * tiles.keys
+    return {
+        "tiles": tiles.num_tiles,
+        "query_tile": [axis.queries for axis in tiles.axes],
+        "key_tile": [axis.keys for axis in tiles.axes],
+        "masked": tiles.needs_mask,
+        "waste": round(computed / max(needed, 1), 3),
+    }
+
+
+register(
+    Backend(
+        name="tiled",
+        capability=Capability(),
+        forward=forward,
+        backward=backward,
+        differentiable=differentiable,
+        describe=_describe,
+    )
+)
