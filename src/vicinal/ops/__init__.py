@@ -1,12 +1,14 @@
 """The operator: its public calls, what it checks, and the back ends that compute it."""
 
-from vicinal.ops import reference, tiled
+from vicinal.ops import flop_formula, reference, tiled
 from vicinal.ops.api import attention
 from vicinal.ops.backend import BackendRefused
 from vicinal.ops.explain import Explanation, explain
 from vicinal.ops.merge import merge_attentions
 from vicinal.ops.na import na1d, na2d, na3d
 from vicinal.ops.scores import apply_scores, attention_scores
+
+flop_formula.hand_over()
 
 __all__ = [
     "BackendRefused",

@@ -118,7 +118,7 @@ class Call:
             shapes, heads = resolve.bias_shapes(layout)
             bias = checks.flatten_bias(self.bias, shapes, heads, self.query)
         if self.grids is None:
-            tables = resolve.tables(self.pattern_key, self.grid, self.key_grid, self.query.device)
+            tables = resolve.tables(self.pattern_key, self.grid, self.key_grid, self.query)
         else:
             assert not isinstance(self.pattern, Bounds)
             tables = pack_sample_tables(self.pattern, self.grid, self.grids)
@@ -135,7 +135,7 @@ class Call:
         pattern_key = resolve.whole_grid_key(rank)
         layout, name = resolve.chosen(pattern_key, self.sizes(grid, False), backend)
         if self.grids is None:
-            tables = resolve.tables(pattern_key, grid, self.key_grid, self.query.device)
+            tables = resolve.tables(pattern_key, grid, self.key_grid, self.query)
         else:
             tables = pack_whole_tables(self.grids, self.key_grid, grid)
         query = extra_query.unflatten(1, grid) if rank > 1 else extra_query

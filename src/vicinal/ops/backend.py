@@ -156,14 +156,19 @@ class Backend:
 _BACKENDS: dict[str, Backend] = {}
 
 
+PREFERENCE = ("natten", "triton", "cpu", "flex", "tiled", "reference")
+"""All names a back end may have, in the order in which the automatic choice tries them."""
+
+
 def register(backend: Backend) -> None:
-    """Make a back end known; the automatic choice tries them in the order they were registered."""
+    """Make a back end known."""
+    assert backend.name in PREFERENCE
     _BACKENDS[backend.name] = backend
 
 
 def known() -> tuple[str, ...]:
-    """Names of the back ends of this installation, best first."""
-    return tuple(_BACKENDS)
+    """Names of the back ends of this installation, in the order of preference."""
+    return tuple(name for name in PREFERENCE if name in _BACKENDS)
 
 
 def find(name: str) -> Backend:
@@ -171,16 +176,13 @@ def find(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-PLANNED = ("cpu", "triton", "flex", "natten")
-"""Back ends the design names; one that is not registered here refuses with that as its reason."""
-
-
 def refusals(problem: Problem) -> dict[str, list[str]]:
-    """For every back end all reasons why it cannot take the problem."""
-    reasons = {name: backend.capability.refusals(problem) for name, backend in _BACKENDS.items()}
-    for name in PLANNED:
-        reasons.setdefault(name, ["is not part of this version of vicinal"])
-    return reasons
+    """For every name all reasons why that back end cannot take the problem."""
+    missing = ["is not part of this version of vicinal"]
+    return {
+        name: _BACKENDS[name].capability.refusals(problem) if name in _BACKENDS else list(missing)
+        for name in PREFERENCE
+    }
 
 
 def choose(problem: Problem, name: str | None) -> str:
@@ -191,7 +193,7 @@ def choose(problem: Problem, name: str | None) -> str:
     """
     reasons = refusals(problem)
     if name is None:
-        for candidate in _BACKENDS:
+        for candidate in PREFERENCE:
             if not reasons[candidate]:
                 return candidate
         raise BackendRefused(f"no back end can take this problem: {_listed(reasons)}")

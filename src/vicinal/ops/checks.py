@@ -118,7 +118,12 @@ def flatten_bias(
 
 
 def check_extra_keys(
-    extra_key: Any, extra_value: Any, extra_lengths: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None
+    extra_key: Any,
+    extra_value: Any,
+    extra_lengths: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
 ) -> None:
     """Check extra tokens that every query sees."""
     if (extra_key is None) != (extra_value is None):

@@ -31,8 +31,9 @@ def merge_attentions(
     both; a query that no part can see gives 0 and -inf.
 
     >>> query, key, value = torch.randn(3, 2, 10, 4, 8).unbind(0)
-    >>> parts = [vicinal.attention(query, k, v, Full(), return_lse=True) for k, v in
-    ...          zip(key.split(5, 1), value.split(5, 1))]
+    >>> parts = [
+    ...     vicinal.attention(query, k, v, Full(), return_lse=True) for k, v in zip(key.split(5, 1), value.split(5, 1))
+    ... ]
     >>> merged, lse = merge_attentions(*zip(*parts))
     >>> torch.allclose(merged, vicinal.attention(query, key, value, Full()), atol=1e-6)
     True

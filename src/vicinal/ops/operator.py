@@ -34,9 +34,7 @@ def _inputs(tensors: Sequence[torch.Tensor | None], layout: Sequence[int], scale
     assert key is not None
     assert value is not None
     assert tables is not None
-    return Inputs(
-        query, key, value, tables, bias, extra_key, extra_value, extra_lengths, Layout.unpack(layout), scale
-    )
+    return Inputs(query, key, value, tables, bias, extra_key, extra_value, extra_lengths, Layout.unpack(layout), scale)
 
 
 def _attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

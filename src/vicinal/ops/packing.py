@@ -179,9 +179,7 @@ def pack_sample_tables(pattern: Pattern, grid: tuple[int, ...], grids: torch.Ten
     return torch.cat(columns, 1).to(torch.int32)
 
 
-def unpack_row(
-    row: npt.NDArray[np.int32], layout: Layout, grid: Sequence[int]
-) -> tuple[tuple[Member, ...], ...]:
+def unpack_row(row: npt.NDArray[np.int32], layout: Layout, grid: Sequence[int]) -> tuple[tuple[Member, ...], ...]:
     """One row read back: for each group its members, cut to the sizes that the row states."""
     groups = []
     position = 0

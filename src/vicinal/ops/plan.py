@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,21 +38,34 @@ _TILE_SIZES = {
 """Queries along an axis of a tile, tried for each rank."""
 
 
+MOST_REMEMBERED_BYTES = 8 << 20
+"""Row numbers and masks of a set of tiles are kept between calls up to this size."""
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Tensors made here are ordinary ones, whatever tracer, fake mode or inference mode is on, so they can be kept."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Some tiles of a `TileSet`, computed together; with `shape` they all share one mask."""
+    """Some tiles of a `TileSet` for some samples, computed together.
 
-    tiles: Integers
-    query_rows: torch.Tensor
-    key_rows: torch.Tensor
-    is_query: torch.Tensor | None
+    `query_index` and `key_index` are row numbers `[items, tokens of a tile]`; an item is a tile of a sample, samples
+    outermost. `keep` marks the queries that are not padding, where there is any. `shapes` are the shapes of the tiles
+    and `which[item]` says which of them an item has; None where all have the same. `masks` remembers masks.
+    """
+
+    samples: slice
+    tiles: int
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    keep: torch.Tensor | None
     shapes: Integers
     which: torch.Tensor | None
-
-    @property
-    def size(self) -> int:
-        """How many tiles."""
-        return len(self.tiles)
+    masks: dict[tuple[Any, ...], torch.Tensor] | None
 
 
 class TileSet:
@@ -81,6 +95,7 @@ class TileSet:
         self.may_be_blind = bool(earlier) or any((axis.low == axis.high).any() for axis in axes)
         self.has_padding = not all(axis.is_query.all() for axis in axes)
         self._shape_of, self._example = self._shapes()
+        self._remembered: dict[tuple[int, int, torch.device], list[Chunk]] = {}
 
     @property
     def num_tiles(self) -> int:
@@ -104,14 +119,61 @@ class TileSet:
         _, example, shape = np.unique(code, return_index=True, return_inverse=True)
         return shape.reshape(-1), example
 
-    def chunks(self, capacity: int) -> list[Chunk]:
-        """All tiles, in chunks of at most `capacity`; long runs of one shape are kept together."""
-        if capacity in self.__dict__.setdefault("_cached", {}):
-            return list(self.__dict__["_cached"][capacity])
-        made = [self._chunk(tiles) for tiles in self._runs(max(capacity, 1))]
-        if self.num_tiles * (self.queries + self.keys) <= 1 << 20:
-            self.__dict__["_cached"][capacity] = made
-        return made
+    def chunks(self, capacity: int, samples: int, device: torch.device) -> Iterable[Chunk]:
+        """All tiles of all samples in chunks of at most `capacity`; long runs of one shape are kept together."""
+        key = (min(capacity, self.num_tiles * samples), samples, device)
+        if key not in self._remembered:
+            tokens = self.queries + self.keys + self.queries * self.keys // max(capacity, 1)
+            made = self._make(max(capacity, 1), samples, device)
+            if self.num_tiles * samples * tokens * 8 > MOST_REMEMBERED_BYTES or len(self._remembered) >= 8:
+                return made
+            self._remembered[key] = list(made)
+        return self._remembered[key]
+
+    def _make(self, capacity: int, samples: int, device: torch.device) -> Iterator[Chunk]:
+        at_once = max(1, capacity // self.num_tiles)
+        sample_tokens = math.prod(self._grid), math.prod(self._key_grid)
+        for tiles in self._runs(min(capacity, self.num_tiles)):
+            query_rows = self._rows(tiles, [axis.query for axis in self.axes], self._grid)
+            key_rows = self._rows(tiles, self._keys, self._key_grid)
+            shapes, which = np.unique(self._shape_of[tiles], return_inverse=True)
+            is_query = self._outer(tiles, [axis.is_query for axis in self.axes]) if self.has_padding else None
+            for begin in range(0, samples, at_once):
+                number = np.arange(begin, min(begin + at_once, samples))[:, None, None]
+                query_index = (query_rows + number * sample_tokens[0]).reshape(-1, self.queries)
+                key_index = (key_rows + number * sample_tokens[1]).reshape(-1, self.keys)
+                with ordinary_tensors():
+                    yield Chunk(
+                        samples=slice(begin, begin + len(number)),
+                        tiles=len(tiles),
+                        query_index=torch.from_numpy(query_index).to(device),
+                        key_index=torch.from_numpy(key_index).to(device),
+                        keep=_repeated(is_query, len(number), device),
+                        shapes=shapes,
+                        which=None if len(shapes) == 1 else _repeated(which.reshape(-1), len(number), device),
+                        masks={},
+                    )
+
+    def whole(self, samples: int, device: torch.device) -> Chunk:
+        """All tiles of all samples in one chunk, in torch operations: `samples` may be symbolic."""
+        tiles = np.arange(self.num_tiles)
+        query_rows = torch.from_numpy(self._rows(tiles, [axis.query for axis in self.axes], self._grid)).to(device)
+        key_rows = torch.from_numpy(self._rows(tiles, self._keys, self._key_grid)).to(device)
+        shapes, which = np.unique(self._shape_of, return_inverse=True)
+        number = torch.arange(samples, device=device)[:, None, None]
+        keep = None
+        if self.has_padding:
+            keep = torch.from_numpy(self._outer(tiles, [axis.is_query for axis in self.axes])).to(device)
+        return Chunk(
+            samples=slice(0, samples),
+            tiles=self.num_tiles,
+            query_index=(query_rows + number * math.prod(self._grid)).flatten(0, 1),
+            key_index=(key_rows + number * math.prod(self._key_grid)).flatten(0, 1),
+            keep=None if keep is None else keep.repeat(samples, 1),
+            shapes=shapes,
+            which=None if len(shapes) == 1 else torch.from_numpy(which.reshape(-1)).to(device).repeat(samples),
+            masks=None,
+        )
 
     def _runs(self, capacity: int) -> Iterator[Integers]:
         order = np.argsort(self._shape_of, kind="stable")
@@ -124,20 +186,6 @@ class TileSet:
                 mixed.append(run[whole:])
         rest = np.concatenate(mixed) if mixed else order[:0]
         yield from (rest[at : at + capacity] for at in range(0, len(rest), capacity))
-
-    def _chunk(self, tiles: Integers) -> Chunk:
-        shapes, which = np.unique(self._shape_of[tiles], return_inverse=True)
-        is_query = None
-        if self.has_padding:
-            is_query = torch.from_numpy(self._outer(tiles, [axis.is_query for axis in self.axes]))
-        return Chunk(
-            tiles=tiles,
-            query_rows=torch.from_numpy(self._rows(tiles, [axis.query for axis in self.axes], self._grid)),
-            key_rows=torch.from_numpy(self._rows(tiles, self._keys, self._key_grid)),
-            is_query=is_query,
-            shapes=shapes,
-            which=None if len(shapes) == 1 else torch.from_numpy(which.reshape(-1)),
-        )
 
     def _rows(self, tiles: Integers, coordinates: Sequence[Integers], grid: tuple[int, ...]) -> Integers:
         """Flat token numbers `[tiles, tokens of a tile]`."""
@@ -197,6 +245,10 @@ class TileSet:
             queries, keys = index.shape[1] * own.shape[1], index.shape[2] * own.shape[2]
             index = (index[:, :, None, :, None] * length + own[:, None, :, None, :]).reshape(-1, queries, keys)
         return torch.from_numpy(index)
+
+
+def _repeated(array: npt.NDArray[Any] | None, times: int, device: torch.device) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(np.concatenate([array] * times)).to(device)
 
 
 def _product(seen: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.bool_]:

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 
 from vicinal.ops.backend import Problem, choose
+from vicinal.ops.operator import library
 from vicinal.ops.packing import Layout, layout_of, layout_of_padded, pack_tables
+from vicinal.ops.plan import ordinary_tensors
 from vicinal.pattern.axis import Full
 from vicinal.pattern.bounds import AnyPattern, Bounds, bounds_of_key
 from vicinal.pattern.compose import check_pattern, pattern_key, pattern_of_key, pattern_rank
+from vicinal.pattern.parse import parse
 
 Key: TypeAlias = tuple[Any, ...]
 Grid: TypeAlias = tuple[int, ...]
@@ -29,7 +32,7 @@ def constant(function: _Function) -> _Function:
 
     Set by hand because the public decorator imports the compiler, which takes a second.
     """
-    function._torchdynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -100,14 +103,59 @@ def make_problem(
 @functools.lru_cache(maxsize=256)
 def _tables(key: Key, grid: Grid, key_grid: Grid, device: torch.device) -> torch.Tensor:
     packed = pack_tables(bounds_of_key(key, grid, key_grid))
-    with torch.utils._python_dispatch._disable_current_modes():  # a cached tensor must be a real one
+    with ordinary_tensors():
         return torch.from_numpy(packed).to(device)
 
 
+def tables(key: Key, grid: Grid, key_grid: Grid, like: torch.Tensor) -> torch.Tensor:
+    """The packed tables of a pattern on these grids, on the device of `like`: int32 `[1, words]`."""
+    if not torch.compiler.is_dynamo_compiling():
+        return _tables(key, grid, key_grid, like.device)
+    # in a traced graph the tables are made by an operator that names the pattern
+    text, words = _named(key, grid, key_grid)
+    found: torch.Tensor = torch.ops.vicinal.tables(like, text, grid, key_grid, words)
+    return found
+
+
 @constant
-def tables(key: Key, grid: Grid, key_grid: Grid, device: torch.device) -> torch.Tensor:
-    """The packed tables of a pattern on these grids, on a device: int32 `[1, words]`."""
-    return _tables(key, grid, key_grid, device)
+def _named(key: Key, grid: Grid, key_grid: Grid) -> tuple[str, int]:
+    """A text that `_key_named` reads back, and the length of the packed tables."""
+    if key[0] is Bounds:
+        _PINNED.setdefault(text := f"Bounds {key[1]}", (key, bounds_of_key(key, grid, key_grid)))
+    else:
+        pattern = pattern_of_key(key)
+        text = repr(pattern)
+        try:
+            is_known = pattern_key(parse(text)) == key
+        except ValueError:
+            is_known = False
+        if not is_known:  # an axis kind of the user's own: known in this process only
+            _PINNED[text] = (key, None)
+    return text, _tables(key, grid, key_grid, torch.device("cpu")).shape[1]
+
+
+_PINNED: dict[str, tuple[Key, Bounds | None]] = {}
+
+
+def _key_named(text: str) -> Key:
+    return _PINNED[text][0] if text in _PINNED else pattern_key(parse(text))
+
+
+def _tables_operator(
+    like: torch.Tensor, pattern: str, grid: list[int], key_grid: list[int], words: int
+) -> torch.Tensor:
+    del words
+    return _tables(_key_named(pattern), tuple(grid), tuple(key_grid), like.device).clone()
+
+
+def _tables_fake(like: torch.Tensor, pattern: str, grid: list[int], key_grid: list[int], words: int) -> torch.Tensor:
+    del pattern, grid, key_grid
+    return like.new_empty(1, words, dtype=torch.int32)
+
+
+library.define("tables(Tensor like, str pattern, int[] grid, int[] key_grid, int words) -> Tensor")
+library.impl("tables", _tables_operator, "CompositeExplicitAutograd")
+torch.library.register_fake("vicinal::tables", _tables_fake, lib=library)
 
 
 @constant
@@ -120,8 +168,6 @@ def bias_shapes(layout: tuple[int, ...]) -> tuple[tuple[tuple[int, ...] | None, 
 def whole_grid_key(rank: int) -> Key:
     """The pattern by which extra queries, laid along the first axis, see the whole grid."""
     return pattern_key((Full(),) * rank)
-
-
 
 
 @constant
@@ -154,11 +200,34 @@ def _bias_index(key: Key, grid: Grid, key_grid: Grid, heads: int, device: torch.
         size = int(np.prod(place.bias_shape))
         columns.append(index[:, None] + (offset + size * np.arange(place.heads))[None, :, None])
         offset += size * place.heads
-    with torch.utils._python_dispatch._disable_current_modes():
+    with ordinary_tensors():
         return torch.from_numpy(np.concatenate(columns, 1).reshape(*grid, heads, width)).to(device)
 
 
-@constant
-def bias_index(key: Key, grid: Grid, key_grid: Grid, heads: int, device: torch.device) -> torch.Tensor:
+def bias_index(key: Key, grid: Grid, key_grid: Grid, heads: int, like: torch.Tensor) -> torch.Tensor:
     """Where each entry in window order reads the bias vector: int64 `[*grid, heads, window]`."""
-    return _bias_index(key, grid, key_grid, heads, device)
+    if not torch.compiler.is_dynamo_compiling():
+        return _bias_index(key, grid, key_grid, heads, like.device)
+    text, _ = _named(key, grid, key_grid)
+    width = window(packed_layout(key, grid, key_grid, heads))
+    found: torch.Tensor = torch.ops.vicinal.bias_index(like, text, grid, key_grid, heads, width)
+    return found
+
+
+def _bias_index_operator(
+    like: torch.Tensor, pattern: str, grid: list[int], key_grid: list[int], heads: int, window: int
+) -> torch.Tensor:
+    del window
+    return _bias_index(_key_named(pattern), tuple(grid), tuple(key_grid), heads, like.device).clone()
+
+
+def _bias_index_fake(
+    like: torch.Tensor, pattern: str, grid: list[int], key_grid: list[int], heads: int, window: int
+) -> torch.Tensor:
+    del pattern, key_grid
+    return like.new_empty(*grid, heads, window, dtype=torch.int64)
+
+
+library.define("bias_index(Tensor like, str pattern, int[] grid, int[] key_grid, int heads, int window) -> Tensor")
+library.impl("bias_index", _bias_index_operator, "CompositeExplicitAutograd")
+torch.library.register_fake("vicinal::bias_index", _bias_index_fake, lib=library)

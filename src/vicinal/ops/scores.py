@@ -20,14 +20,16 @@ import torch
 from vicinal.ops import checks, operator, resolve
 from vicinal.ops.backend import Inputs
 from vicinal.ops.packing import Layout
-from vicinal.ops.plan import MemberPlan, TileSet
-from vicinal.ops.tiled import Batch, Part, batches, key_rows, parts, query_rows, split, take_keys, take_queries
+from vicinal.ops.plan import Chunk, TileSet
+from vicinal.ops.tiled import Part, chunks, key_rows, parts, query_rows, split, take_keys, take_queries
 from vicinal.pattern.bounds import AnyPattern
 
 _library = operator.library
 _library.define("scores(Tensor query, Tensor key, Tensor tables, int[] layout, float scale) -> Tensor")
 _library.define("apply(Tensor weights, Tensor value, Tensor tables, int[] layout) -> Tensor")
-_library.define("spread(Tensor weights, Tensor query, Tensor tables, int[] layout, int kv_heads, int[] key_grid) -> Tensor")
+_library.define(
+    "spread(Tensor weights, Tensor query, Tensor tables, int[] layout, int kv_heads, int[] key_grid) -> Tensor"
+)
 
 
 def attention_scores(
@@ -55,12 +57,12 @@ def attention_scores(
     grid, key_grid = checks.check_qkv(query, key, None, rank)
     number = checks.check_scale(scale, query.shape[-1])
     layout = resolve.packed_layout(pattern_key, grid, key_grid, query.shape[-2])
-    tables = resolve.tables(pattern_key, grid, key_grid, query.device)
+    tables = resolve.tables(pattern_key, grid, key_grid, query)
     scores = torch.ops.vicinal.scores(query, key, tables, layout, number)
     if bias is not None:
         shapes, heads = resolve.bias_shapes(layout)
         vector = checks.flatten_bias(bias, shapes, heads, query)
-        index = resolve.bias_index(pattern_key, grid, key_grid, query.shape[-2], query.device)
+        index = resolve.bias_index(pattern_key, grid, key_grid, query.shape[-2], query)
         scores = scores + vector.to(scores.dtype)[index]
     if extra_key is not None:
         checks.check_extra_keys(extra_key, extra_key, None, query, key, None)
@@ -107,7 +109,7 @@ def apply_scores(
             f"weights must have {window} entries in the last axis for this pattern"
             f"{f' and {tokens} for extra_value' if tokens else ''}, got {weights.shape[-1]}"
         )
-    tables = resolve.tables(pattern_key, grid, key_grid, weights.device)
+    tables = resolve.tables(pattern_key, grid, key_grid, weights)
     out: torch.Tensor = torch.ops.vicinal.apply(weights[..., :window], value, tables, layout)
     if extra_value is not None:
         checks.check_same("extra_value", extra_value, weights)
@@ -117,17 +119,23 @@ def apply_scores(
     return out
 
 
-def _bundle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float = 1.0) -> Inputs:
+def _bundle(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tables: torch.Tensor,
+    layout: Sequence[int],
+    scale: float = 1.0,
+) -> Inputs:
     return Inputs(query, key, value, tables, None, None, None, None, Layout.unpack(layout), scale)
 
 
-_Piece = tuple[slice, Part, Batch, TileSet, torch.Tensor, torch.Tensor, slice]
+_Piece = tuple[slice, Part, Chunk, TileSet, torch.Tensor, torch.Tensor, slice]
 
 
 def _pieces(inputs: Inputs) -> Iterator[_Piece]:
-    """Every chunk of every member: its heads, part, batch, tiles, window index and validity, window columns."""
+    """Every chunk of every member: its heads, part, chunk, tiles, window index and validity, window columns."""
     for samples, plan, length in split(inputs, bounded=True):
-        num_queries, num_keys = math.prod(plan.grid), math.prod(plan.key_grid)
         for (heads, part), members, layout in zip(
             parts(inputs, samples, plan, length), plan.groups, inputs.layout.groups, strict=True
         ):
@@ -137,53 +145,49 @@ def _pieces(inputs: Inputs) -> Iterator[_Piece]:
                 columns = slice(begin, begin + math.prod(most))
                 begin = columns.stop
                 for tiles in member.sets:
-                    single = MemberPlan(member.member, (tiles,))
-                    for batch in batches(part, single, num_queries, num_keys, whole=False):
-                        index, valid = tiles.window(batch.chunk.shapes, most)
-                        index, valid = _for_tiles(index, part, batch), _for_tiles(valid, part, batch)
-                        yield heads, part, batch, tiles, index, valid, columns
+                    for chunk in chunks(part, tiles):
+                        index, valid = tiles.window(chunk.shapes, most)
+                        index, valid = _for_tiles(index, part, chunk), _for_tiles(valid, part, chunk)
+                        yield heads, part, chunk, tiles, index, valid, columns
 
 
-def _for_tiles(shapes: torch.Tensor, part: Part, batch: Batch) -> torch.Tensor:
+def _for_tiles(shapes: torch.Tensor, part: Part, chunk: Chunk) -> torch.Tensor:
     """`[shapes, queries, window]` as `[tiles, kv_heads, shared * queries, window]`."""
     shapes = shapes.to(part.query.device)
-    tiles = len(batch.query_index)
-    if batch.chunk.which is None:
-        own = shapes.expand(tiles, -1, -1)
-    else:
-        which = batch.chunk.which.to(shapes.device)
-        own = shapes[which.repeat(tiles // len(which))]
+    own = shapes.expand(len(chunk.query_index), -1, -1) if chunk.which is None else shapes[chunk.which]
     return own[:, None, None].expand(-1, part.kv_heads, part.shared, -1, -1).flatten(2, 3)
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float) -> torch.Tensor:
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float
+) -> torch.Tensor:
     inputs = _bundle(query, key, key, tables, layout)
     out = query.new_full((*query.shape[:-1], inputs.layout.window), -math.inf)
     if not query.shape[0]:
         return out
     rows = out.view(-1, query.shape[-2], inputs.layout.window)
-    for heads, part, batch, _, index, valid, columns in _pieces(inputs):
-        tile = take_queries(part.query, batch.query_index, part).to(part.compute_dtype)
-        keys = take_keys(part.key, batch.key_index, part).to(part.compute_dtype)
+    for heads, part, chunk, _, index, valid, columns in _pieces(inputs):
+        tile = take_queries(part.query, chunk.query_index, part).to(part.compute_dtype)
+        keys = take_keys(part.key, chunk.key_index, part).to(part.compute_dtype)
         picked = torch.matmul(tile, keys.transpose(-1, -2)).mul_(scale).gather(-1, index)
         found = query_rows(picked.masked_fill_(~valid, -math.inf), part).view(-1, part.heads, index.shape[-1])
-        where = batch.query_index.reshape(-1)
-        if batch.keep is not None:
-            where, found = where[batch.keep.reshape(-1)], found[batch.keep.reshape(-1)]
+        where = chunk.query_index.reshape(-1)
+        if chunk.keep is not None:
+            where, found = where[chunk.keep.reshape(-1)], found[chunk.keep.reshape(-1)]
         rows[where, heads, columns] = found.to(out.dtype)
     return out
 
 
 def _dense_weights(
-    weights: torch.Tensor, heads: slice, part: Part, batch: Batch, tiles: TileSet, index: torch.Tensor,
+    weights: torch.Tensor, heads: slice, part: Part, chunk: Chunk, tiles: TileSet, index: torch.Tensor,
     valid: torch.Tensor, columns: slice,
 ) -> torch.Tensor:  # fmt: skip
     """Weights in window order as `[tiles, kv_heads, shared * queries, keys]` of their tiles."""
     rows = weights.reshape(-1, *weights.shape[-2:])[:, heads, columns].to(part.compute_dtype)
-    own = take_queries(rows.reshape(len(rows), -1), batch.query_index, part)
+    own = take_queries(rows.reshape(len(rows), -1), chunk.query_index, part)
     own = torch.where(valid, own, 0.0)
-    if batch.keep is not None:
-        keep = batch.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
+    if chunk.keep is not None:
+        keep = chunk.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
         own = torch.where(keep, own, 0.0)
     return own.new_zeros(*own.shape[:-1], tiles.keys).scatter_add_(-1, index, own)
 
@@ -195,13 +199,13 @@ def _apply(weights: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, lay
         return out
     inputs = _bundle(weights, value, value, tables, layout)
     rows = out.view(-1, *shape[-2:])
-    for heads, part, batch, tiles, index, valid, columns in _pieces(inputs):
-        dense = _dense_weights(weights, heads, part, batch, tiles, index, valid, columns)
-        values = take_keys(part.value, batch.key_index, part).to(part.compute_dtype)
+    for heads, part, chunk, tiles, index, valid, columns in _pieces(inputs):
+        dense = _dense_weights(weights, heads, part, chunk, tiles, index, valid, columns)
+        values = take_keys(part.value, chunk.key_index, part).to(part.compute_dtype)
         found = query_rows(torch.matmul(dense, values), part).view(-1, part.heads, part.value_dim)
-        where = batch.query_index.reshape(-1)
-        if batch.keep is not None:
-            where, found = where[batch.keep.reshape(-1)], found[batch.keep.reshape(-1)]
+        where = chunk.query_index.reshape(-1)
+        if chunk.keep is not None:
+            where, found = where[chunk.keep.reshape(-1)], found[chunk.keep.reshape(-1)]
         rows[where, heads] += found.to(out.dtype)
     return out
 
@@ -218,11 +222,11 @@ def _spread(
     shared = query.shape[-2] // kv_heads
     total = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
     rows = total.view(-1, kv_heads, head_dim)
-    for heads, part, batch, tiles, index, valid, columns in _pieces(inputs):
-        dense = _dense_weights(weights, heads, part, batch, tiles, index, valid, columns)
-        own = take_queries(part.query, batch.query_index, part).to(part.compute_dtype)
+    for heads, part, chunk, tiles, index, valid, columns in _pieces(inputs):
+        dense = _dense_weights(weights, heads, part, chunk, tiles, index, valid, columns)
+        own = take_queries(part.query, chunk.query_index, part).to(part.compute_dtype)
         found = key_rows(torch.matmul(dense.transpose(-1, -2), own)).view(-1, part.kv_heads, head_dim)
-        where = batch.key_index.reshape(-1)
+        where = chunk.key_index.reshape(-1)
         if part.shared == shared:
             rows[:, heads.start // shared : heads.stop // shared].index_add_(0, where, found)
         else:  # a group that splits key heads
@@ -231,12 +235,16 @@ def _spread(
     return total.to(query.dtype)
 
 
-def _scores_fake(query: torch.Tensor, key: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float) -> torch.Tensor:
+def _scores_fake(
+    query: torch.Tensor, key: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float
+) -> torch.Tensor:
     del key, tables, scale
     return query.new_empty(*query.shape[:-1], Layout.unpack(layout).window)
 
 
-def _apply_fake(weights: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layout: Sequence[int]) -> torch.Tensor:
+def _apply_fake(
+    weights: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layout: Sequence[int]
+) -> torch.Tensor:
     del tables, layout
     return weights.new_empty(*weights.shape[:-1], value.shape[-1])
 

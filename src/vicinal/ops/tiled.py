@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,15 @@ import torch
 from vicinal.ops.backend import Backend, Capability, Gradients, Inputs, Problem, register
 from vicinal.ops.merge import merge_pair
 from vicinal.ops.packing import Layout, pack_tables
-from vicinal.ops.plan import Chunk, MemberPlan, RowPlan, TileSet, plan_row
+from vicinal.ops.plan import (
+    MOST_REMEMBERED_BYTES,
+    Chunk,
+    MemberPlan,
+    RowPlan,
+    TileSet,
+    ordinary_tensors,
+    plan_row,
+)
 
 CHUNK_BYTES = 6 << 20
 """What a chunk's copies and scores may take; about what stays in the caches of a CPU."""
@@ -91,77 +99,74 @@ def key_rows(tiles: torch.Tensor) -> torch.Tensor:
     return tiles.transpose(1, 2).reshape(tiles.shape[0] * tiles.shape[2], -1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A chunk's tiles of some samples, with flat row numbers and what is added to their scores."""
-
-    chunk: Chunk
-    query_index: torch.Tensor
-    key_index: torch.Tensor
-    samples: slice
-    added: torch.Tensor | None
-    keep: torch.Tensor | None
-    may_be_blind: bool
-
-    def extra(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Extra tokens of these samples for every tile, `[tiles, kv_heads, tokens, dim]`."""
-        own = tensor[self.samples].transpose(1, 2)
-        return own[:, None].expand(-1, self.chunk.size, -1, -1, -1).flatten(0, 1)
+def chunks(part: Part, tiles: TileSet, *, whole: bool = False) -> Iterable[Chunk]:
+    """A set's tiles in pieces that stay in cache, or with `whole` in one piece."""
+    if whole:
+        return [tiles.whole(part.samples, part.query.device)]
+    per_tile = part.heads * (
+        tiles.queries * tiles.keys + (tiles.queries + tiles.keys) * (part.head_dim + part.value_dim)
+    )
+    return tiles.chunks(max(1, CHUNK_BYTES // (per_tile * 4)), part.samples, part.query.device)
 
 
-def batches(part: Part, plan: MemberPlan, num_queries: int, num_keys: int, *, whole: bool) -> Iterator[Batch]:
-    """All chunks of a member; with `whole` each set of tiles at once."""
-    device = part.query.device
-    for tiles in plan.sets:
-        per_tile = part.heads * (
-            tiles.queries * tiles.keys + (tiles.queries + tiles.keys) * (part.head_dim + part.value_dim)
-        )
-        capacity = max(1, CHUNK_BYTES // (per_tile * 4))
-        if whole:
-            capacity = tiles.num_tiles
-        at_once = max(1, capacity // max(tiles.num_tiles, 1))
-        for chunk in tiles.chunks(min(capacity, tiles.num_tiles)):
-            added = _added(part, tiles, chunk)
-            # no range() over the samples of a whole batch: their number may be symbolic under export
-            begins = [0] if whole else range(0, part.samples, at_once)
-            for begin in begins:
-                samples = slice(begin, part.samples if whole else min(begin + at_once, part.samples))
-                number = torch.arange(samples.start, samples.stop)[:, None, None]
-                query_index = (chunk.query_rows + number * num_queries).flatten(0, 1)
-                key_index = (chunk.key_rows + number * num_keys).flatten(0, 1)
-                repeats = samples.stop - samples.start
-                keep = None if chunk.is_query is None else chunk.is_query.repeat(repeats, 1).to(device)
-                here = added
-                if added is not None and chunk.which is not None:
-                    here = added[chunk.which.to(device).repeat(repeats)]
-                blind = tiles.may_be_blind and part.extra_key is None
-                yield Batch(chunk, query_index.to(device), key_index.to(device), samples, here, keep, blind)
-
-
-def _added(part: Part, tiles: TileSet, chunk: Chunk) -> torch.Tensor | None:
-    """Mask and bias to add to scores: `[shapes, 1 or kv_heads, shared * queries, keys (+ extra)]`, or None."""
+def added_to_scores(part: Part, tiles: TileSet, chunk: Chunk) -> torch.Tensor | None:
+    """Mask and bias to add to scores: `[1 or items, 1 or kv_heads, shared * queries, keys (+ extra)]`, or None."""
     if part.bias is None and not tiles.needs_mask:
         return None
-    device = part.query.device
-    added = torch.zeros(len(chunk.shapes), 1, 1, tiles.queries, tiles.keys, dtype=part.compute_dtype, device=device)
-    if part.bias is not None:
-        index = tiles.bias_index(chunk.shapes).to(device)
-        bias = part.bias.flatten(1)[:, index].transpose(0, 1)
-        added = bias.unflatten(1, (part.kv_heads, part.shared)).to(part.compute_dtype)
+    extra = 0 if part.extra_key is None else part.extra_key.shape[1]
+    key = ("mask", part.compute_dtype, part.shared, extra)
+    mask = None
     if tiles.needs_mask:
-        seen = tiles.mask(chunk.shapes).to(device)[:, None, None]
-        added = added.masked_fill(~seen, -math.inf)
-    if part.extra_key is not None:
-        added = torch.nn.functional.pad(added, (0, part.extra_key.shape[1]))
-    return added.expand(-1, -1, part.shared, -1, -1).flatten(2, 3)
+        mask = _remember(chunk, key, lambda: _mask(part, tiles, chunk, extra))
+    if part.bias is None:
+        return mask
+    index = _remember(chunk, ("bias",), lambda: tiles.bias_index(chunk.shapes).to(part.query.device))
+    table = part.bias.flatten(1).to(part.compute_dtype)
+    bias = table.index_select(1, index.flatten()).view(
+        part.kv_heads, part.shared, len(index), tiles.queries, tiles.keys
+    )
+    bias = bias.permute(2, 0, 1, 3, 4).flatten(2, 3)
+    if extra:
+        bias = torch.nn.functional.pad(bias, (0, extra))
+    if chunk.which is not None:
+        bias = bias.index_select(0, chunk.which)
+    return bias if mask is None else bias + mask
 
 
-def _tile_inputs(part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query = take_queries(part.query, batch.query_index, part)
-    key, value = take_keys(part.key, batch.key_index, part), take_keys(part.value, batch.key_index, part)
+def _mask(part: Part, tiles: TileSet, chunk: Chunk, extra: int) -> torch.Tensor:
+    seen = tiles.mask(chunk.shapes).to(part.query.device)[:, None]
+    mask = torch.zeros(seen.shape, dtype=part.compute_dtype, device=seen.device).masked_fill(~seen, -math.inf)
+    if extra:
+        mask = torch.nn.functional.pad(mask, (0, extra))
+    mask = mask.repeat(1, 1, part.shared, 1)
+    return mask if chunk.which is None else mask.index_select(0, chunk.which)
+
+
+def _remember(chunk: Chunk, key: tuple[Any, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `make` makes, kept with the chunk where the chunk itself is kept and it is small."""
+    if chunk.masks is None:
+        return make()
+    if key not in chunk.masks:
+        with ordinary_tensors():
+            made = make()
+        if made.numel() * made.element_size() > MOST_REMEMBERED_BYTES // 4:
+            return made
+        chunk.masks[key] = made
+    return chunk.masks[key]
+
+
+def _extra_tokens(tensor: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """Extra tokens of the chunk's samples for every item, `[items, kv_heads, tokens, dim]`."""
+    own = tensor[chunk.samples].transpose(1, 2)
+    return own[:, None].expand(-1, chunk.tiles, -1, -1, -1).flatten(0, 1)
+
+
+def _tile_inputs(part: Part, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query = take_queries(part.query, chunk.query_index, part)
+    key, value = take_keys(part.key, chunk.key_index, part), take_keys(part.value, chunk.key_index, part)
     if part.extra_key is not None and part.extra_value is not None:
-        key = torch.cat([key, batch.extra(part.extra_key)], 2)
-        value = torch.cat([value, batch.extra(part.extra_value)], 2)
+        key = torch.cat([key, _extra_tokens(part.extra_key, chunk)], 2)
+        value = torch.cat([value, _extra_tokens(part.extra_value, chunk)], 2)
     return query, key, value
 
 
@@ -214,8 +219,14 @@ def _fused_tiles(
     return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -math.inf)
 
 
+def _all_chunks(part: Part, plan: MemberPlan, *, whole: bool = False) -> Iterator[tuple[TileSet, Chunk]]:
+    for tiles in plan.sets:
+        for chunk in chunks(part, tiles, whole=whole):
+            yield tiles, chunk
+
+
 def _member(
-    part: Part, plan: MemberPlan, num_queries: int, num_keys: int, *, differentiable: bool
+    part: Part, plan: MemberPlan, num_queries: int, *, differentiable: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output rows `[samples * queries, heads * value_dim]` and lse rows `[samples * queries, heads]`."""
     fused = not differentiable and _can_fuse(part)
@@ -223,21 +234,20 @@ def _member(
     dtype = part.query.dtype if fused else part.compute_dtype
     out = part.query.new_empty(rows, part.heads * part.value_dim, dtype=dtype)
     lse = part.query.new_empty(rows, part.heads, dtype=part.compute_dtype)
-    for batch in batches(part, plan, num_queries, num_keys, whole=differentiable):
-        query, key, value = _tile_inputs(part, batch)
-        if not fused:
-            query, key, value = (tensor.to(part.compute_dtype) for tensor in (query, key, value))
+    for tiles, chunk in _all_chunks(part, plan, whole=differentiable):
+        query, key, value = _tile_inputs(part, chunk)
+        added = added_to_scores(part, tiles, chunk)
         if fused:
-            tile_out, tile_lse = _fused_tiles(
-                query, key, value, batch.added, part.scale, may_be_blind=batch.may_be_blind
-            )
+            may_be_blind = tiles.may_be_blind and part.extra_key is None
+            tile_out, tile_lse = _fused_tiles(query, key, value, added, part.scale, may_be_blind=may_be_blind)
         else:
-            tile_out, tile_lse = _softmax_tiles(query, key, value, batch.added, part.scale)
+            wide = (tensor.to(part.compute_dtype) for tensor in (query, key, value))
+            tile_out, tile_lse = _softmax_tiles(*wide, added, part.scale)
         out_rows = query_rows(tile_out, part)
-        lse_rows = query_rows(tile_lse.unsqueeze(-1), part).to(part.compute_dtype)
-        index = batch.query_index.reshape(-1)
-        if batch.keep is not None:
-            keep = batch.keep.reshape(-1)
+        lse_rows = query_rows(tile_lse.unsqueeze(-1), part)
+        index = chunk.query_index.reshape(-1)
+        if chunk.keep is not None:
+            keep = chunk.keep.reshape(-1)
             index, out_rows, lse_rows = index[keep], out_rows[keep], lse_rows[keep]
         if differentiable:
             out, lse = out.index_copy(0, index, out_rows), lse.index_copy(0, index, lse_rows)
@@ -266,7 +276,7 @@ def split(inputs: Inputs, *, bounded: bool) -> Iterator[tuple[list[int] | None, 
 
 def host_rows(tables: torch.Tensor) -> Any:
     """Packed tables as a NumPy array, also while a tracer or a fake mode watches (they are constants to it)."""
-    with torch.utils._python_dispatch._disable_current_modes():
+    with ordinary_tensors():
         return tables.cpu().numpy()
 
 
@@ -303,8 +313,12 @@ def parts(
             heads,
             Part(
                 query=_as_rows(query, heads),
-                key=_as_rows(key, kv_heads) if isinstance(kv_heads, slice) else _as_rows(key[..., kv_heads, :], slice(None)),
-                value=_as_rows(value, kv_heads) if isinstance(kv_heads, slice) else _as_rows(value[..., kv_heads, :], slice(None)),
+                key=_as_rows(key, kv_heads)
+                if isinstance(kv_heads, slice)
+                else _as_rows(key[..., kv_heads, :], slice(None)),
+                value=_as_rows(value, kv_heads)
+                if isinstance(kv_heads, slice)
+                else _as_rows(value[..., kv_heads, :], slice(None)),
                 samples=query.shape[0],
                 kv_heads=group.heads // own_shared,
                 shared=own_shared,
@@ -356,16 +370,16 @@ def _run(inputs: Inputs, *, differentiable: bool) -> tuple[torch.Tensor, torch.T
 def _group(
     part: Part, members: Sequence[MemberPlan], plan: RowPlan, *, differentiable: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_queries, num_keys = math.prod(plan.grid), math.prod(plan.key_grid)
+    num_queries = math.prod(plan.grid)
     result: tuple[torch.Tensor, torch.Tensor] | None = None
     for number, member in enumerate(members):
         own = part if number == 0 else dataclasses.replace(part, extra_key=None, extra_value=None)
-        out, lse = _member(own, member, num_queries, num_keys, differentiable=differentiable)
+        out, lse = _member(own, member, num_queries, differentiable=differentiable)
         if result is None:
             result = (out, lse)
             continue
-        shape = (len(out), part.heads, part.value_dim)
-        merged, lse = merge_pair(result[0].view(shape), result[1], out.view(shape), lse)
+        shape = (part.heads, part.value_dim)
+        merged, lse = merge_pair(result[0].unflatten(1, shape), result[1], out.unflatten(1, shape), lse)
         result = (merged.flatten(1), lse)
     assert result is not None
     return result
@@ -417,7 +431,6 @@ def _backward_samples(
     plan: RowPlan,
     extra_length: int | None,
 ) -> None:
-    num_queries, num_keys = math.prod(plan.grid), math.prod(plan.key_grid)
     shared = inputs.query.shape[-2] // inputs.key.shape[-2]
     own = {
         "out": _pick(out, samples, plan.grid),
@@ -428,11 +441,13 @@ def _backward_samples(
     bias_at = [0, *torch.tensor(inputs.layout.bias_sizes).cumsum(0).tolist()]
     for number, (heads, part) in enumerate(parts(inputs, samples, plan, extra_length)):
         rows = {name: None if tensor is None else _as_rows(tensor, heads) for name, tensor in own.items()}
+        # a query that sees nothing has lse -inf; any finite number keeps its weights, exp(-inf - lse), at 0
+        rows["lse"] = rows["lse"].masked_fill(rows["lse"] == -math.inf, 0.0)  # type: ignore[union-attr]
         sinks = _Sinks.for_part(part, grads)
         for position, member in enumerate(plan.groups[number]):
             mine = part if position == 0 else dataclasses.replace(part, extra_key=None, extra_value=None)
-            for batch, tiles in _backward_batches(mine, member, num_queries, num_keys):
-                _backward_tiles(mine, batch, tiles, rows, sinks)
+            for tiles, chunk in _all_chunks(mine, member):
+                _backward_tiles(mine, chunk, tiles, rows, sinks)
         kv_heads, _ = key_heads(heads, shared)
         for place, sink, group_heads, grid in (
             (0, sinks.query, heads, plan.grid),
@@ -494,54 +509,45 @@ class _Sinks:
         )
 
 
-def _backward_batches(
-    part: Part, plan: MemberPlan, num_queries: int, num_keys: int
-) -> Iterator[tuple[Batch, TileSet]]:
-    for tiles in plan.sets:
-        single = dataclasses.replace(plan, sets=(tiles,))
-        for batch in batches(part, single, num_queries, num_keys, whole=False):
-            yield batch, tiles
-
-
 def _backward_tiles(
-    part: Part, batch: Batch, tiles: TileSet, rows: dict[str, torch.Tensor | None], sinks: _Sinks
+    part: Part, chunk: Chunk, tiles: TileSet, rows: dict[str, torch.Tensor | None], sinks: _Sinks
 ) -> None:
-    query, key, value = _tile_inputs(part, batch)
-    assert rows["out"] is not None
-    assert rows["grad_out"] is not None
-    assert rows["lse"] is not None
-    out, grad_out = take_queries(rows["out"], batch.query_index, part), take_queries(rows["grad_out"], batch.query_index, part)
-    lse = take_queries(rows["lse"], batch.query_index, part)
-    # a query that sees nothing has lse -inf: any finite number keeps its weights, exp(-inf - lse), at 0
-    lse = torch.where(lse == -math.inf, 0.0, lse)
-    grad_lse = None if rows["grad_lse"] is None else take_queries(rows["grad_lse"], batch.query_index, part)
-    if batch.keep is not None:
-        keep = batch.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
+    query, key, value = _tile_inputs(part, chunk)
+    added = added_to_scores(part, tiles, chunk)
+    out, grad_out, lse, grad_lse = (
+        None if rows[name] is None else take_queries(rows[name], chunk.query_index, part)  # type: ignore[arg-type]
+        for name in ("out", "grad_out", "lse", "grad_lse")
+    )
+    assert out is not None
+    assert grad_out is not None
+    assert lse is not None
+    if chunk.keep is not None:
+        keep = chunk.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
         grad_out = grad_out * keep
         grad_lse = None if grad_lse is None else grad_lse * keep
     if sinks.bias is None and grad_lse is None and _can_fuse(part):
         assert _FLASH_BACKWARD is not None
-        mask = None if batch.added is None else batch.added.expand(query.shape[0], query.shape[1], -1, -1)
+        mask = None if added is None else added.expand(query.shape[0], query.shape[1], -1, -1)
         grad_query, grad_key, grad_value = _FLASH_BACKWARD(
             grad_out, query, key, value, out, lse.squeeze(-1), 0.0, False, attn_mask=mask, scale=part.scale
         )
     else:
         wide = [tensor.to(part.compute_dtype) for tensor in (query, key, value, out, grad_out)]
-        grad_query, grad_key, grad_value, grad_scores = _matmul_backward(*wide, lse, grad_lse, batch.added, part.scale)
+        grad_query, grad_key, grad_value, grad_scores = _matmul_backward(*wide, lse, grad_lse, added, part.scale)
         if sinks.bias is not None:
-            _add_bias_gradient(sinks.bias, part, batch, tiles, grad_scores)
+            _add_bias_gradient(sinks.bias, part, chunk, tiles, grad_scores)
     if sinks.query is not None:
-        sinks.query.index_add_(0, batch.query_index.reshape(-1), query_rows(grad_query, part).to(part.compute_dtype))
+        sinks.query.index_add_(0, chunk.query_index.reshape(-1), query_rows(grad_query, part).to(part.compute_dtype))
     own = tiles.keys
     for sink, extra_sink, grad in (
         (sinks.key, sinks.extra_key, grad_key),
         (sinks.value, sinks.extra_value, grad_value),
     ):
         if sink is not None:
-            sink.index_add_(0, batch.key_index.reshape(-1), key_rows(grad[:, :, :own]).to(part.compute_dtype))
+            sink.index_add_(0, chunk.key_index.reshape(-1), key_rows(grad[:, :, :own]).to(part.compute_dtype))
         if extra_sink is not None and part.extra_key is not None:
-            summed = grad[:, :, own:].unflatten(0, (-1, batch.chunk.size)).sum(1, dtype=part.compute_dtype)
-            extra_sink[batch.samples] += summed.transpose(1, 2)
+            summed = grad[:, :, own:].unflatten(0, (-1, chunk.tiles)).sum(1, dtype=part.compute_dtype)
+            extra_sink[chunk.samples] += summed.transpose(1, 2)
 
 
 def _matmul_backward(
@@ -570,18 +576,14 @@ def _matmul_backward(
     return grad_query, grad_key, grad_value, grad_scores
 
 
-def _add_bias_gradient(
-    sink: torch.Tensor, part: Part, batch: Batch, tiles: TileSet, grad_scores: torch.Tensor
-) -> None:
+def _add_bias_gradient(sink: torch.Tensor, part: Part, chunk: Chunk, tiles: TileSet, grad_scores: torch.Tensor) -> None:
     """Sum the gradients of scores into the bias entries they read."""
     grad = grad_scores[..., : tiles.keys].unflatten(2, (part.shared, tiles.queries)).flatten(1, 2)
-    index = tiles.bias_index(batch.chunk.shapes).to(grad.device)
-    if batch.chunk.which is None:
+    index = _remember(chunk, ("bias",), lambda: tiles.bias_index(chunk.shapes).to(grad.device))
+    if chunk.which is None:
         summed = grad.sum(0, keepdim=True)
     else:
-        summed = grad.new_zeros(len(index), *grad.shape[1:])
-        repeats = grad.shape[0] // batch.chunk.size
-        summed.index_add_(0, batch.chunk.which.to(grad.device).repeat(repeats), grad)
+        summed = grad.new_zeros(len(index), *grad.shape[1:]).index_add_(0, chunk.which, grad)
     flat = summed.transpose(0, 1).flatten(1)
     sink.flatten(1).scatter_add_(1, index.reshape(1, -1).expand(len(flat), -1), flat)
 

@@ -147,7 +147,7 @@ def classify(tiles: AxisTiles, key_tile: int) -> npt.NDArray[np.int8]:
     [[1, 1, 0], [1, 2, 1], [0, 1, 1]]
     """
     table = tiles.table
-    num_key_tiles = -(-(-(-table.length // table.step)) // key_tile)
+    num_key_tiles = math.ceil(math.ceil(table.length / table.step) / key_tile)
     members = -((tiles.first % table.step - table.length) // table.step)  # keys in the class that a tile sees
     place = tiles.first // table.step  # place of the tile's first key in its class, unwrapped
     low, high = place[:, None] + tiles.low, place[:, None] + tiles.high
@@ -204,7 +204,9 @@ def visits(member: Member, query_tile: Sequence[int], key_tile: Sequence[int]) -
         query_tile=tuple(query_tile),
         key_tile=tuple(key_tile),
         query_tiles=math.prod(axis.num_tiles for axis in tiles),
-        key_tiles=math.prod(axis.shape[1] * min(table.step, table.length) for axis, table in zip(classes, member, strict=True)),
+        key_tiles=math.prod(
+            axis.shape[1] * min(table.step, table.length) for axis, table in zip(classes, member, strict=True)
+        ),
         visited=total,
         full=math.prod(int((axis == FULL).sum()) for axis in classes),
         worst=math.prod(int(axis.max()) for axis in visited),

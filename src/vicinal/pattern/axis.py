@@ -233,8 +233,8 @@ class Halo(AxisKind):
     """The query's block of length `block` and `halo` keys on each side of it, cut at the edges.
 
     >>> import vicinal
-    >>> print(vicinal.pattern.draw(Halo(4, 1), (12,), query=(5,)))
-    ...##Q###...
+    >>> print(vicinal.pattern.draw(Halo(3, 1), (9,), query=(4,)))
+    ..##Q##..
     """
 
     block: int
@@ -309,8 +309,7 @@ class Same(AxisKind):
     """Just the query's own coordinate.
 
     >>> import vicinal
-    >>> print(vicinal.pattern.draw((Same(), Full()), (3, 5), query=(1, 2)))
-    .....
+    >>> print(vicinal.pattern.draw((Same(), Full()), (2, 5), query=(0, 2)))
     ##Q##
     .....
     """

@@ -129,8 +129,16 @@ def pattern_rank(pattern: Pattern) -> int | None:
     """How many axes the pattern is for, or None where it fits any number."""
     if isinstance(pattern, tuple):
         return len(pattern)
-    parts = pattern.groups if isinstance(pattern, Heads) else pattern.members if isinstance(pattern, Union) else ()
-    return next((rank for part in parts if (rank := pattern_rank(part)) is not None), None)
+    parts: tuple[Product | Union, ...] = ()
+    if isinstance(pattern, Heads):
+        parts = pattern.groups
+    elif isinstance(pattern, Union):
+        parts = pattern.members
+    for part in parts:
+        rank = pattern_rank(part)
+        if rank is not None:
+            return rank
+    return None
 
 
 def product_key(pattern: Product) -> Any:
@@ -178,6 +186,9 @@ def pattern_parts(
 
 
 def _check_ranks(where: str, patterns: tuple[Product | Union, ...]) -> None:
-    ranks = {rank for pattern in patterns if (rank := pattern_rank(pattern)) is not None}
-    if len(ranks) > 1:
-        raise ValueError(f"{where}: all patterns must be for the same number of axes, got {sorted(ranks)}")
+    found: int | None = None
+    for pattern in patterns:
+        rank = pattern_rank(pattern)
+        if rank is not None and found is not None and rank != found:
+            raise ValueError(f"{where}: all patterns must be for the same number of axes, got {found} and {rank}")
+        found = rank if found is None else found

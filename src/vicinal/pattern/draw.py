@@ -26,8 +26,8 @@ def draw(
     `query` defaults to the middle of the grid. The frames of a 3-D grid follow each other, and so do the
     groups of `heads`, each under its name. On two grids the query's own place is not marked.
 
-    >>> print(draw((Same(), Near(3)), (2, 6), query=(0, 5)))
-    ...##Q
+    >>> print(draw((Same(), Near(3)), (2, 6), query=(0, 2)))
+    .#Q#..
     ......
     """
     table = bounds(pattern, grid, key_grid)

@@ -1,0 +1,187 @@
+"""The gate: no time is reported for an answer that is wrong.
+
+A contender's output and gradients are compared with the definition, written out densely in float64: everything where
+the problem is small, and of a large one some queries and some keys of every head. What error is allowed is derived:
+twice that of the same computation done eagerly in the precision that is measured, plus its rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from vicinal.measure.task import Task, Tensors
+from vicinal.pattern import bounds
+from vicinal.pattern.bounds import Member
+
+MOST_SCORES = 1 << 25
+"""Scores the oracle writes out at most (more only where a single key is seen by more queries)."""
+
+CHUNK_SCORES = 1 << 23
+ALLOWED = 2.0
+"""Our error may be this many times that of the eager computation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How far an answer is from the definition; `worst` is the largest error as a share of what is allowed."""
+
+    worst: float
+    errors: dict[str, float]
+    reason: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every error is within its bound."""
+        return not self.reason
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Of one sample and head: the queries whose output is checked, and the keys whose gradients are."""
+
+    batch: int
+    head: int
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+
+class Gate:
+    """The right answer of a task at its sampled places, and the error that is allowed there.
+
+    >>> from vicinal.measure.problems import find
+    >>> from vicinal.measure.task import Task
+    >>> task = Task(find(["nat-14x14"])[0], torch.float32)
+    >>> gate = Gate(task)
+    >>> gate.check((vicinal.attention(task.query, task.key, task.value, task.problem.pattern),)).is_right
+    True
+    >>> gate.check((task.value,)).is_right
+    False
+    """
+
+    names = ("output", "gradient of query", "gradient of key", "gradient of value")
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.samples = list(_samples(task))
+        self.right = self._gathered(torch.float64)
+        eager = self._gathered(task.dtype)
+        rounding = torch.finfo(task.dtype).eps
+        self.allowed = [
+            ALLOWED * float((ours.double() - right).abs().max()) + rounding * float(right.abs().max())
+            for ours, right in zip(eager, self.right, strict=True)
+        ]
+
+    def check(self, answer: Sequence[torch.Tensor]) -> Verdict:
+        """Compare an answer: the output, and with the backward the gradients of query, key and value."""
+        errors, worst, reason = {}, 0.0, ""
+        for name, given, right, allowed in zip(self.names, answer, self.right, self.allowed, strict=False):
+            if given.shape != self.task.problem.shape:
+                return Verdict(math.inf, errors, f"{name} has shape {tuple(given.shape)}")
+            if not bool(given.isfinite().all()):
+                return Verdict(math.inf, errors, f"{name} is not finite everywhere")
+            error = float((self._picked(given, name).double() - right).abs().max())
+            errors[name] = error
+            worst = max(worst, error / allowed)
+            if error > allowed and not reason:
+                reason = f"{name} is off by {error:.1e}, {allowed:.1e} is allowed"
+        if len(answer) != len(self.right):
+            reason = f"{len(answer)} results, {len(self.right)} are expected"
+        return Verdict(worst, errors, reason)
+
+    def _picked(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The sampled places of a tensor `[batch, *grid, heads, head_dim]`."""
+        rows = tensor.flatten(1, -3)
+        of_keys = name in self.names[2:]
+        return torch.cat([rows[own.batch, own.keys if of_keys else own.queries, own.head] for own in self.samples])
+
+    def _gathered(self, dtype: torch.dtype) -> Tensors:
+        """The sampled places of the definition, computed in `dtype`."""
+        found = [_dense(self.task, sample, dtype) for sample in self.samples]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def _samples(task: Task) -> Iterator[_Sample]:
+    problem = task.problem
+    member = _member(task)
+    generator = np.random.default_rng(0)
+    pairs = problem.batch * problem.heads
+    each = MOST_SCORES // (pairs * problem.tokens)
+    everything = np.arange(problem.tokens)
+    for number in range(pairs):
+        batch, head = divmod(number, problem.heads)
+        queries = keys = everything
+        if each < problem.tokens:
+            queries = _with_corners(generator.choice(problem.tokens, min(problem.tokens, max(each // 2, 16)), False), task)
+            keys = everything[:0]
+            if task.backward:
+                keys, seers = _keys_and_seers(member, problem.tokens, generator, each // 2, at_least=int(number == 0))
+                queries = np.union1d(queries, seers)
+        yield _Sample(batch, head, torch.from_numpy(queries), torch.from_numpy(keys))
+
+
+def _with_corners(places: np.ndarray, task: Task) -> np.ndarray:
+    """The first and the last place are where border rules go wrong."""
+    return np.union1d(places, [0, task.problem.tokens - 1])
+
+
+def _keys_and_seers(
+    member: Member, tokens: int, generator: np.random.Generator, most: int, at_least: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some keys, first the corners, and all queries that see any of them, not more than `most` queries."""
+    keys: list[int] = []
+    seers = np.zeros(tokens, dtype=np.bool_)
+    for key in (0, tokens - 1, *generator.choice(tokens, min(tokens, 32), False)):
+        more = seers | _seen(member, None, np.array([key]))[:, 0]
+        if more.sum() > most and len(keys) >= at_least:
+            break
+        keys, seers = [*keys, int(key)], more
+    return np.array(sorted(set(keys)), dtype=np.int64), np.flatnonzero(seers)
+
+
+def _member(task: Task) -> Member:
+    return bounds(task.problem.pattern, task.problem.grid).groups[0].members[0]
+
+
+def _seen(member: Member, queries: np.ndarray | None, keys: np.ndarray | None) -> np.ndarray:
+    """Which of some queries see which of some keys (None: all), by the axes' dense masks: bool `[queries, keys]`."""
+    grid = tuple(len(table) for table in member)
+    key_grid = tuple(table.length for table in member)
+    query_places = np.unravel_index(np.arange(math.prod(grid)) if queries is None else queries, grid)
+    key_places = np.unravel_index(np.arange(math.prod(key_grid)) if keys is None else keys, key_grid)
+    whole = np.ones((len(query_places[0]), len(key_places[0])), dtype=np.bool_)
+    for table, query_place, key_place in zip(member, query_places, key_places, strict=True):
+        whole &= table.mask()[query_place][:, key_place]
+    return whole
+
+
+def _dense(task: Task, sample: _Sample, dtype: torch.dtype) -> Tensors:
+    """Output at the sampled queries; with the backward also the three gradients at the sampled places."""
+    query, key, value, grad_out = (
+        tensor.flatten(1, -3)[sample.batch, :, sample.head].to(dtype)
+        for tensor in (task.query, task.key, task.value, task.grad_out)
+    )
+    key, value = key.clone().requires_grad_(task.backward), value.clone().requires_grad_(task.backward)
+    member, scale = _member(task), task.problem.head_dim**-0.5
+    parts: list[Tensors] = []
+    sums = [torch.zeros_like(key, dtype=torch.float64) for _ in range(2)]
+    for places in sample.queries.split(max(1, CHUNK_SCORES // task.problem.tokens)):
+        own = query[places].requires_grad_(task.backward)
+        seen = torch.from_numpy(_seen(member, places.numpy(), None)).to(task.device)
+        scores = ((own * scale) @ key.T).masked_fill(~seen, -torch.inf)
+        out = scores.softmax(1) @ value
+        if not task.backward:
+            parts.append((out,))
+            continue
+        grad_query, *grads = torch.autograd.grad(out, (own, key, value), grad_out[places])
+        parts.append((out.detach(), grad_query))
+        for total, grad in zip(sums, grads, strict=True):
+            total += grad
+    queried = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    if not task.backward:
+        return queried
+    return (*queried, *(total[sample.keys].to(dtype) for total in sums))

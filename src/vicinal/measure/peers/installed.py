@@ -1,0 +1,118 @@
+"""Other packages' own attention, where they are installed: timm's and transformers' Swin windows, and NATTEN."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vicinal.measure.peers.window import from_windows, shift_mask, square_window, to_windows
+from vicinal.measure.task import HEADS_LAST, Layout, NotRun, Prepared, Task
+from vicinal.pattern import Near
+
+
+def _import(package: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise NotRun(f"{package} is not installed: {error}") from error
+
+
+def _packed_windows(task: Task, size: int, shift: int) -> Layout:
+    """Windows with query, key and value side by side, as a projection of all three leaves them."""
+    problem = task.problem
+    channels = problem.heads * problem.head_dim
+
+    def enter_out(tensor: torch.Tensor) -> torch.Tensor:
+        return to_windows(tensor.flatten(-2), size, shift).contiguous()
+
+    def leave_out(windows: torch.Tensor) -> torch.Tensor:
+        whole = from_windows(windows, problem.grid, size, shift)
+        return whole.unflatten(-1, (problem.heads, problem.head_dim))
+
+    def enter(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return (torch.cat([enter_out(tensor) for tensor in tensors], -1),)
+
+    def leave_inputs(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(map(leave_out, tensors[0].split(channels, -1)))
+
+    return Layout("[batch * windows, size * size, 3 * channels]", enter, leave_inputs, enter_out, leave_out)
+
+
+class _Slice(nn.Module):
+    """Stands where a projection was: takes one third of the channels."""
+
+    def __init__(self, begin: int, size: int) -> None:
+        super().__init__()
+        self.channels = slice(begin, begin + size)
+
+    def forward(self, packed: torch.Tensor) -> torch.Tensor:
+        return packed[..., self.channels]
+
+
+def timm_window(task: Task) -> list[Prepared]:
+    """timm's `WindowAttention` without its projections, its position bias zero, on windows that are cut already."""
+    size, shift = square_window(task)
+    swin = _import("timm", "timm.models.swin_transformer")
+    problem = task.problem
+    module = swin.WindowAttention(problem.heads * problem.head_dim, num_heads=problem.heads, window_size=size)
+    module.qkv, module.proj = nn.Identity(), nn.Identity()
+    nn.init.zeros_(module.relative_position_bias_table)
+    module = module.requires_grad_(False).eval().to(task.device, task.dtype)
+    mask = shift_mask(problem.grid, size, shift, -100.0)  # timm's own "hidden"
+    if mask is not None:
+        mask = mask.to(task.device, task.dtype)
+    layout = _packed_windows(task, size, shift)
+    return [Prepared(lambda packed: module(packed, mask), layout, importlib.metadata.version("timm"))]
+
+
+def transformers_window(task: Task) -> list[Prepared]:
+    """transformers' `SwinSelfAttention` without its projections, its bias zero, on windows that are cut already."""
+    size, shift = square_window(task)
+    swin = _import("transformers", "transformers.models.swin.modeling_swin")
+    problem = task.problem
+    channels = problem.heads * problem.head_dim
+    config = swin.SwinConfig(attention_probs_dropout_prob=0.0)
+    module = swin.SwinSelfAttention(config, channels, problem.heads, size)
+    module.query, module.key, module.value = (_Slice(part * channels, channels) for part in range(3))
+    nn.init.zeros_(module.relative_position_bias_table)
+    module = module.requires_grad_(False).eval().to(task.device, task.dtype)
+    mask = shift_mask(problem.grid, size, shift, -100.0)
+    if mask is not None:
+        mask = mask.to(task.device, task.dtype)
+
+    def call(packed: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = module(packed, mask)[0]
+        return out
+
+    return [Prepared(call, _packed_windows(task, size, shift), importlib.metadata.version("transformers"))]
+
+
+def natten(task: Task) -> list[Prepared]:
+    """NATTEN, whatever it chooses to run here."""
+    problem = task.problem
+    kinds = [kind for kind in problem.pattern if isinstance(kind, Near)]
+    if len(kinds) != len(problem.grid) or any(kind.border != "shift" for kind in kinds):
+        raise NotRun("neighborhoods with a shifted border only")
+    package = _import("natten", "natten")
+    if task.backward and task.device.type == "cpu":
+        raise NotRun("current NATTEN has no backward on CPU")
+    if problem.tokens > 4096 and task.device.type == "cpu":
+        raise NotRun("on a CPU its cost is that of all queries by all keys, uncompiled")
+    function = getattr(package, f"na{len(problem.grid)}d")
+    settings = {
+        "kernel_size": tuple(kind.kernel_size for kind in kinds),
+        "dilation": tuple(kind.dilation for kind in kinds),
+        "stride": tuple(kind.stride for kind in kinds),
+        "is_causal": tuple(kind.causal for kind in kinds),
+    }
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = function(query, key, value, **settings)
+        return out
+
+    return [Prepared(call, HEADS_LAST, importlib.metadata.version("natten"))]
