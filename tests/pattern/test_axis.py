@@ -123,9 +123,7 @@ def defined(query: int, length: int, kind: AxisKind) -> list[int]:
 @by_length
 def test_near_equals_nattens_rule_wherever_that_is_defined(length):
     kinds = [
-        kind
-        for kind in near_kinds(length)
-        if kind.border == "shift" and kind.kernel_size * kind.dilation <= length
+        kind for kind in near_kinds(length) if kind.border == "shift" and kind.kernel_size * kind.dilation <= length
     ]
     assert kinds
     for kind in kinds:

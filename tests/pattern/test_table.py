@@ -257,9 +257,7 @@ def free_tables(draw):
         # first and end (one past the last), both rising, first <= end
         pairs = sorted(
             draw(
-                st.lists(
-                    st.tuples(st.integers(0, places), st.integers(0, places)), min_size=members, max_size=members
-                )
+                st.lists(st.tuples(st.integers(0, places), st.integers(0, places)), min_size=members, max_size=members)
             )
         )
         first = np.array([min(pair) for pair in pairs])

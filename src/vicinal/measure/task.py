@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -77,6 +78,12 @@ class Task:
             torch.randn(problem.shape, generator=generator).to(self.device, dtype) for _ in range(4)
         )
         self._entered: dict[str, tuple[Tensors, torch.Tensor]] = {}
+
+    def forward_only(self) -> Task:
+        """The same task without the backward, on the same tensors."""
+        other = copy.copy(self)
+        other.backward = False
+        return other
 
     @property
     def direction(self) -> str:

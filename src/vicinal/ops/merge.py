@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vicinal.ops.checks import check_tensor
+
 
 def merge_pair(
     out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
@@ -43,6 +45,13 @@ def merge_attentions(
             f"merge_attentions: outputs and lses must be lists of one length >= 1, got {len(outputs)} and {len(lses)}"
         )
     for number, (out, lse) in enumerate(zip(outputs, lses, strict=True)):
+        check_tensor(f"merge_attentions: outputs[{number}]", out)
+        check_tensor(f"merge_attentions: lses[{number}]", lse)
+        if out.dtype != outputs[0].dtype:
+            raise ValueError(
+                f"merge_attentions: outputs[{number}] must have the dtype of outputs[0] ({outputs[0].dtype}), "
+                f"got {out.dtype}"
+            )
         if out.shape != outputs[0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(
                 f"merge_attentions: outputs[{number}] must have shape {tuple(outputs[0].shape)} and lses[{number}] "

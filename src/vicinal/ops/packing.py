@@ -78,7 +78,8 @@ class Layout:
             0 if group.bias_shape is None else group.heads * int(np.prod(group.bias_shape)) for group in self.groups
         )
 
-    def pack(self) -> tuple[int, ...]:
+    @functools.cached_property
+    def packed(self) -> tuple[int, ...]:
         """The layout as plain integers."""
         numbers = [self.rank, len(self.groups)]
         for group in self.groups:
@@ -91,7 +92,7 @@ class Layout:
 
     @staticmethod
     def unpack(numbers: Sequence[int]) -> Layout:
-        """The layout that `pack` wrote down."""
+        """The layout whose `packed` these are."""
         return _unpack(tuple(numbers))
 
 

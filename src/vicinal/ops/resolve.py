@@ -57,7 +57,7 @@ def problem_layout(key: Key, grid: Grid, key_grid: Grid, heads: int, padded: boo
 @functools.lru_cache(maxsize=1024)
 def _choose(key: Key, problem_sizes: tuple[Any, ...], name: str | None) -> tuple[tuple[int, ...], str]:
     problem, layout = make_problem(key, *problem_sizes)
-    return layout.pack(), choose(problem, name)
+    return layout.packed, choose(problem, name)
 
 
 @constant
@@ -173,7 +173,7 @@ def whole_grid_key(rank: int) -> Key:
 @constant
 def packed_layout(key: Key, grid: Grid, key_grid: Grid, heads: int) -> tuple[int, ...]:
     """The packed layout of a pattern on these grids."""
-    return problem_layout(key, grid, key_grid, heads, False).pack()
+    return problem_layout(key, grid, key_grid, heads, False).packed
 
 
 @constant

@@ -259,8 +259,10 @@ def _member(
 
 def split(inputs: Inputs, *, bounded: bool) -> Iterator[tuple[list[int] | None, RowPlan, int | None]]:
     """Samples that can be computed together: their numbers (None for all), the plan, and their extra length."""
-    layout = inputs.layout.pack()
+    layout = inputs.layout.packed
     biased = inputs.bias is not None
+    if not inputs.query.shape[0]:
+        return
     rows = host_rows(inputs.tables)
     lengths = None if inputs.extra_lengths is None else inputs.extra_lengths.tolist()
     if len(rows) == 1 and lengths is None:
@@ -276,6 +278,8 @@ def split(inputs: Inputs, *, bounded: bool) -> Iterator[tuple[list[int] | None, 
 
 def host_rows(tables: torch.Tensor) -> Any:
     """Packed tables as a NumPy array, also while a tracer or a fake mode watches (they are constants to it)."""
+    if not torch.compiler.is_exporting():
+        return tables.cpu().numpy()
     with ordinary_tensors():
         return tables.cpu().numpy()
 
@@ -344,10 +348,7 @@ def key_heads(heads: slice, shared: int) -> tuple[slice | list[int], int]:
 def _run(inputs: Inputs, *, differentiable: bool) -> tuple[torch.Tensor, torch.Tensor]:
     lse_dtype = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
     batch, grid, heads = inputs.query.shape[0], inputs.grid, inputs.query.shape[-2]
-    whole_out = inputs.query.new_zeros(batch, *grid, heads, inputs.value.shape[-1])
-    whole_lse = inputs.query.new_full((batch, *grid, heads), -math.inf, dtype=lse_dtype)
-    if not batch:
-        return whole_out, whole_lse
+    whole: tuple[torch.Tensor, torch.Tensor] | None = None
     for samples, plan, extra_length in split(inputs, bounded=differentiable):
         outs, lses = [], []
         for (_, part), members in zip(parts(inputs, samples, plan, extra_length), plan.groups, strict=True):
@@ -358,13 +359,24 @@ def _run(inputs: Inputs, *, differentiable: bool) -> tuple[torch.Tensor, torch.T
         lse = lses[0] if len(lses) == 1 else torch.cat(lses, -1)
         if samples is None and plan.grid == grid:
             return out, lse
+        if whole is None:
+            whole = _blank(inputs, lse_dtype)
         chosen = torch.arange(batch) if samples is None else torch.tensor(samples)
         where = (chosen.to(out.device), *(slice(length) for length in plan.grid))
         if differentiable:
-            whole_out, whole_lse = whole_out.clone(), whole_lse.clone()
-        whole_out[where] = out
-        whole_lse[where] = lse
-    return whole_out, whole_lse
+            whole = whole[0].clone(), whole[1].clone()
+        whole[0][where] = out
+        whole[1][where] = lse
+    return _blank(inputs, lse_dtype) if whole is None else whole
+
+
+def _blank(inputs: Inputs, lse_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of queries that see nothing."""
+    shape = inputs.query.shape[:-1]
+    return (
+        inputs.query.new_zeros(*shape, inputs.value.shape[-1]),
+        inputs.query.new_full(shape, -math.inf, dtype=lse_dtype),
+    )
 
 
 def _group(
@@ -590,7 +602,7 @@ def _add_bias_gradient(sink: torch.Tensor, part: Part, chunk: Chunk, tiles: Tile
 
 def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:
     row = pack_tables(bounds)[0].tobytes()
-    plan = plan_row(row, layout.pack(), problem.grid, bounded=False, biased=problem.has_bias)
+    plan = plan_row(row, layout.packed, problem.grid, bounded=False, biased=problem.has_bias)
     groups = []
     for members in plan.groups:
         for member in members:

@@ -55,8 +55,8 @@ class AxisTiles:
 
     @property
     def keys(self) -> int:
-        """Keys of the widest tile."""
-        return int(self.size.max())
+        """Keys of the widest tile; one, which nobody sees, where no query sees any."""
+        return max(int(self.size.max()), 1)
 
     @property
     def is_whole(self) -> Booleans:

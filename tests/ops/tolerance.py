@@ -1,0 +1,115 @@
+"""The one tolerance of the operator's tests, and the comparison that uses it.
+
+Our error against float64 may be at most `FACTOR` times that of the same-precision eager computation, plus rounding:
+of the result in its own precision, and of the terms that are summed, in the precision that sums them (float32 at
+least). No number here depends on a problem, a dtype or a back end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+import vicinal
+from vicinal import BackendRefused
+
+from .oracle import Magnitudes, dense
+from .problems import Problem, Tensors, arguments, draw, draw_grads
+
+FACTOR = 2
+"""The c of the rule."""
+
+ROUNDINGS = 2
+"""How many roundings of the largest result and of the largest sum's terms are granted beside it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgment:
+    """What a problem's results are, by name (`out`, `grad_query`, ...), and how far off they may be."""
+
+    exact: Tensors
+    allowed: dict[str, float]
+
+
+@functools.lru_cache(maxsize=8)
+def judge(problem: Problem, dtype: torch.dtype) -> Judgment:
+    """The truth about a problem, and the error that is allowed in this precision.
+
+    There is nothing wider to hold float64 against. Its eager error is that of float32 scaled by their eps, and
+    the truth, which is computed in float64 too, has that error as well.
+    """
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    exact = _results(problem, narrow, torch.float64)
+    own = _results(problem, narrow, narrow)
+    sizes = _results(problem, narrow, torch.float64, core=Magnitudes.apply)
+    eps, sum_eps = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    ratio, factor = eps / torch.finfo(narrow).eps, FACTOR + (dtype == torch.float64)
+    allowed = {}
+    for name, result in exact.items():
+        rounding = ROUNDINGS * (eps * largest(result) + sum_eps * largest(sizes[name]))
+        allowed[name] = factor * ratio * largest(own[name].double() - result) + rounding
+    return Judgment(exact, allowed)
+
+
+def _results(problem: Problem, drawn: torch.dtype, dtype: torch.dtype, **core: Any) -> Tensors:
+    tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in draw(problem, drawn).items()}
+    return with_gradients(problem, tensors, dense(problem, tensors, **core))
+
+
+def with_gradients(problem: Problem, tensors: Tensors, outputs: Tensors) -> Tensors:
+    """Outputs, and the gradient of every input for fixed gradients of all outputs."""
+    names = list(tensors)
+    grads = draw_grads(problem, {name: tensor.detach().cpu() for name, tensor in outputs.items()})
+    found = torch.autograd.grad(
+        list(outputs.values()),
+        [tensors[name] for name in names],
+        [grads[name].to(outputs[name].device) for name in outputs],
+        allow_unused=True,
+    )
+    results = {name: tensor.detach() for name, tensor in outputs.items()}
+    for name, grad in zip(names, found, strict=True):
+        results[f"grad_{name}"] = torch.zeros_like(tensors[name]) if grad is None else grad
+    return results
+
+
+def largest(tensor: torch.Tensor) -> float:
+    """The largest finite absolute value; that infinities stand where they should is checked apart."""
+    return float(torch.where(tensor.isfinite(), tensor, 0.0).abs().max()) if tensor.numel() else 0.0
+
+
+def run(problem: Problem, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> Tensors:
+    """The library's results for a problem: outputs and gradients of every input, by name."""
+    tensors = {name: tensor.to(device).requires_grad_() for name, tensor in draw(problem, dtype).items()}
+    try:
+        found = vicinal.attention(**arguments(problem, tensors), return_lse=True, backend=backend)
+    except BackendRefused as refusal:
+        pytest.skip(str(refusal))
+    outputs = dict(zip(("out", "lse"), found, strict=True))
+    if problem.extra_queries:
+        (out, extra_out), (lse, extra_lse) = found
+        outputs = {"out": out, "lse": lse, "extra_out": extra_out, "extra_lse": extra_lse}
+    return {name: tensor.cpu() for name, tensor in with_gradients(problem, tensors, outputs).items()}
+
+
+def assert_agrees(results: Tensors, judgment: Judgment) -> None:
+    """Every result is there, finite where the truth is, and within what is allowed of it."""
+    assert set(results) == set(judgment.exact)
+    wrong = [complaint for name in results if (complaint := disagreement(name, results[name], judgment))]
+    assert not wrong, "\n".join(wrong)
+
+
+def disagreement(name: str, result: torch.Tensor, judgment: Judgment) -> str | None:
+    """What is wrong with one result, or None."""
+    exact, allowed = judgment.exact[name], judgment.allowed[name]
+    if result.shape != exact.shape:
+        return f"{name}: shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
+    if not torch.equal(result.isfinite(), exact.isfinite()) or not torch.equal(result == -torch.inf, exact.isinf()):
+        return f"{name}: {int(result.isnan().sum())} NaN, {int(result.isinf().sum())} infinite of {result.numel()}"
+    error = largest(result.double() - exact)
+    if error > allowed:
+        return f"{name}: error {error:.3g}, allowed {allowed:.3g}, largest value {largest(exact):.3g}"
+    return None
