@@ -408,7 +408,7 @@ def test_no_extra_tokens_at_all_changes_nothing(features: dict[str, Any], backen
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_tiled_backend_gives_the_same_in_many_small_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small problems fit into one chunk; the loop over chunks and samples must hold for them as well."""
-    monkeypatch.setattr("vicinal.ops.tiled.CHUNK_BYTES", 4096)
+    monkeypatch.setattr("vicinal.ops.tiled.parts.CHUNK_BYTES", 4096)
     assert_agrees(run(problem, torch.float32, "tiled"), judge(problem, torch.float32))
 
 

@@ -140,7 +140,9 @@ def test_unknown_number_of_derivatives_can_be_taken() -> None:
     tensors = [torch.randn(1, 4, 1, 2, dtype=torch.float64).requires_grad_() for _ in range(3)]
     call: Any = functools.partial(vicinal.attention, pattern=Near(3), backend="tiled")
     found: Any = call(*tensors).square().sum()
-    wanted: Any = dense(Problem((4,), Near(3), heads=1, head_dim=2), dict(zip(("query", "key", "value"), tensors, strict=True)))
+    wanted: Any = dense(
+        Problem((4,), Near(3), heads=1, head_dim=2), dict(zip(("query", "key", "value"), tensors, strict=True))
+    )
     wanted = wanted["out"].square().sum()
     for _ in range(3):
         found, wanted = (

@@ -70,7 +70,7 @@ def window_index(problem: Problem) -> torch.Tensor:
             rows[-1].append([-1 if key is None else flat(key, problem.keys) for key in keys])
     widest = max(len(row) for group in rows for row in group)
     padded = [[row + [-1] * (widest - len(row)) for row in group] for group in rows]
-    whole = torch.tensor(padded, dtype=torch.int64).reshape(len(rows), -1, widest)
+    whole = torch.tensor(padded, dtype=torch.int64).reshape(len(rows), len(rows[0]), widest)
     return whole.repeat_interleave(torch.tensor(table.split(problem.heads)), 0)
 
 
@@ -90,9 +90,7 @@ def expected_scores(problem: Problem, tensors: dict[str, torch.Tensor], index: t
     return found.transpose(1, 2).unflatten(1, problem.grid)
 
 
-def expected_sums(
-    problem: Problem, weights: torch.Tensor, value: torch.Tensor, index: torch.Tensor
-) -> torch.Tensor:
+def expected_sums(problem: Problem, weights: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     value = value.flatten(1, -3).transpose(1, 2).repeat_interleave(problem.heads // value.shape[-2], 1)
     own = weights.flatten(1, -3).transpose(1, 2).masked_fill(index < 0, 0.0)
     matrix = own.new_zeros(*own.shape[:-1], value.shape[2]).scatter_add(-1, index.clamp(0).expand_as(own), own)
@@ -226,7 +224,7 @@ def test_scores_in_many_small_chunks_are_the_same(monkeypatch: pytest.MonkeyPatc
     pattern = heads(Near(3), Window(4), sizes=(1, 3))
     scores = vicinal.attention_scores(query, key[..., :2, :], pattern)
     out = vicinal.apply_scores(scores.softmax(-1), value[..., :2, :], pattern)
-    monkeypatch.setattr("vicinal.ops.tiled.CHUNK_BYTES", 4096)
+    monkeypatch.setattr("vicinal.ops.tiled.parts.CHUNK_BYTES", 4096)
     torch.testing.assert_close(vicinal.attention_scores(query, key[..., :2, :], pattern), scores)
     torch.testing.assert_close(vicinal.apply_scores(scores.softmax(-1), value[..., :2, :], pattern), out)
 
@@ -249,7 +247,7 @@ EXTRA = torch.zeros(2, 3, 4, 8)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"query": Q[0]}, r"query must have 4 or 5 or 6 axes|query must have"),
+        ({"query": Q[0, 0]}, r"query must have 4 or 5 or 6 axes .*got 3: \(6, 4, 8\)"),
         ({"key": Q[..., :3, :]}, r"key must have a number of heads that divides the query's \(4\), got 3"),
         ({"key": Q[..., :5]}, r"key must have the head_dim of query \(8\), got 5"),
         ({"pattern": (Near(3),)}, r"query must have 4 axes"),
@@ -271,6 +269,7 @@ def test_scores_refuse_what_does_not_fit(given: dict[str, Any], message: str, mo
         ({"weights": WEIGHTS[0, 0]}, "weights must have"),
         ({"weights": WEIGHTS.long()}, "weights must be float32, float16, bfloat16 or float64, got torch.int64"),
         ({"weights": WEIGHTS[..., :8]}, "weights must have 9 entries in the last axis for this pattern, got 8"),
+        ({"weights": WEIGHTS[:, :, :0]}, "weights must have no empty axis but the batch"),
         ({"extra_value": EXTRA}, "weights must have 9 entries .* and 3 for extra_value, got 9"),
         ({"value": Q[:1]}, r"value must be .* batch of weights \(2\)"),
         ({"value": Q[..., :3, :]}, "a number of heads that divides 4"),

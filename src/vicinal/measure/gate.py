@@ -19,7 +19,7 @@ from vicinal.measure.task import Task, Tensors
 from vicinal.pattern import bounds
 from vicinal.pattern.bounds import Member
 
-MOST_SCORES = 1 << 22
+MOST_SCORES = 1 << 23
 """Scores the oracle writes out at most (more only where a single key is seen by more queries)."""
 
 CHUNK_SCORES = 1 << 22
@@ -85,7 +85,8 @@ class Gate:
 
     def check(self, answer: Sequence[torch.Tensor]) -> Verdict:
         """Compare an answer: the output, and with the backward the gradients of query, key and value."""
-        errors, worst, reason = {}, 0.0, ""
+        errors: dict[str, float] = {}
+        worst, reason = 0.0, ""
         for name, given, right, allowed in zip(self.names, answer, self.right, self.allowed, strict=False):
             if given.shape != self.task.problem.shape:
                 return Verdict(math.inf, errors, f"{name} has shape {tuple(given.shape)}")
@@ -113,37 +114,37 @@ class Gate:
 
 def _samples(task: Task) -> Iterator[_Sample]:
     problem = task.problem
-    member = _member(task)
     generator = np.random.default_rng(0)
     pairs = problem.batch * problem.heads
-    each = MOST_SCORES // (pairs * problem.tokens)
+    most = MOST_SCORES // (pairs * problem.tokens)
     everything = np.arange(problem.tokens)
     for number in range(pairs):
         batch, head = divmod(number, problem.heads)
         queries = keys = everything
-        if each < problem.tokens:
-            queries = _with_corners(generator.choice(problem.tokens, min(problem.tokens, max(each // 2, 16)), False), task)
+        if most < problem.tokens:
+            queries = generator.choice(problem.tokens, min(problem.tokens, max(most // 2, 16)), False)
+            # border rules go wrong in the corners, and every sample and head begins with another of these keys
+            ends = np.array([0, problem.tokens - 1])
+            queries = np.union1d(queries, ends)
             keys = everything[:0]
             if task.backward:
-                keys, seers = _keys_and_seers(member, problem.tokens, generator, each // 2, at_least=int(number == 0))
+                wanted = np.roll(np.concatenate([ends, generator.choice(problem.tokens, 16)]), -number)
+                keys, seers = _keys_and_seers(_member(task), wanted, most // 2, is_needed=number == 0)
                 queries = np.union1d(queries, seers)
         yield _Sample(batch, head, torch.from_numpy(queries), torch.from_numpy(keys))
 
 
-def _with_corners(places: np.ndarray, task: Task) -> np.ndarray:
-    """The first and the last place are where border rules go wrong."""
-    return np.union1d(places, [0, task.problem.tokens - 1])
+def _keys_and_seers(member: Member, wanted: np.ndarray, most: int, *, is_needed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """As many of the wanted keys as `most` queries see together, and these queries.
 
-
-def _keys_and_seers(
-    member: Member, tokens: int, generator: np.random.Generator, most: int, at_least: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Some keys, first the corners, and all queries that see any of them, not more than `most` queries."""
+    The first key is taken whatever it costs where it is needed, or where it costs little.
+    """
     keys: list[int] = []
-    seers = np.zeros(tokens, dtype=np.bool_)
-    for key in (0, tokens - 1, *generator.choice(tokens, min(tokens, 32), False)):
+    seers = np.zeros(math.prod(len(table) for table in member), dtype=np.bool_)
+    for key in wanted:
         more = seers | _seen(member, None, np.array([key]))[:, 0]
-        if more.sum() > most and len(keys) >= at_least:
+        spares = not keys and (is_needed or more.sum() * len(seers) <= CHUNK_SCORES)
+        if more.sum() > most and not spares:
             break
         keys, seers = [*keys, int(key)], more
     return np.array(sorted(set(keys)), dtype=np.int64), np.flatnonzero(seers)
@@ -189,8 +190,7 @@ def _dense(task: Task, sample: _Sample, dtype: torch.dtype) -> Tensors:
             continue
         grad_query, *grads = torch.autograd.grad(out, (own, key, value), grad_out[places])
         parts.append((out.detach(), grad_query))
-        for total, grad in zip(sums, grads, strict=True):
-            total += grad
+        sums = [total + grad for total, grad in zip(sums, grads, strict=True)]
     queried = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     if not task.backward:
         return queried

@@ -6,7 +6,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def _best_seconds(call: Callable[[], Any], device: torch.device, seconds: float 
     return best
 
 
-def peaks(dtypes: list[torch.dtype], device: str | torch.device = "cpu") -> dict[str, Any]:
+def peaks(dtypes: Sequence[torch.dtype], device: str | torch.device = "cpu") -> dict[str, Any]:
     """The best matrix product for each dtype, by which library, and the bandwidth of memory."""
     found: dict[str, Any] = {"gemm": {}, "copy_gb_per_second": round(copy_gb_per_second(device), 1)}
     for dtype in dtypes:

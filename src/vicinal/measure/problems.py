@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from vicinal.pattern import Near, Window, flops
-from vicinal.pattern.axis import AxisKind
+from vicinal.pattern import AxisKind, Near, Window, count
+from vicinal.pattern.counting import attention_flops
 
 GROUPS = ("quick", "default", "large")
 """`quick` takes about a minute, `default` minutes, `large` needs patience and memory."""
@@ -56,9 +56,9 @@ class Problem:
 
     def flops(self, *, backward: bool) -> int:
         """Operations that the definition asks for: of the forward, or of forward and backward together."""
-        sizes = {"head_dim": self.head_dim, "heads": self.heads, "batch": self.batch}
-        count = flops(self.pattern, self.grid, **sizes)
-        return count + flops(self.pattern, self.grid, **sizes, backward=True) if backward else count
+        pairs = self.batch * count(self.pattern, self.grid, heads=self.heads)
+        forward = attention_flops(pairs, self.head_dim, self.head_dim)
+        return forward + attention_flops(pairs, self.head_dim, self.head_dim, backward=True) if backward else forward
 
 
 def _near(*kernel_size: int, dilation: int = 1) -> tuple[AxisKind, ...]:

@@ -13,8 +13,8 @@ from vicinal.measure.problems import Problem
 Tensors = tuple[torch.Tensor, ...]
 
 
-class NotRun(Exception):  # noqa: N818 - it is an answer ("not run: too large"), not an error
-    """A contender cannot take the problem; the message says why."""
+class NotRun(Exception):
+    """A contender cannot take the problem; the message says why. It is an answer, not a failure."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -218,7 +219,9 @@ def gradients_through(
     create_graph: bool,
 ) -> Gradients:
     """Run a differentiable forward again and let autograd take its gradients."""
-    with torch.enable_grad():
+    # a compiled program may run an operator's kernel with autograd shut off, where enable_grad alone records nothing
+    recording = contextlib.nullcontext() if create_graph else torch.inference_mode(False)
+    with recording, torch.enable_grad():
         # an alias each, so that one tensor given twice (as query and as key, say) still gets two gradients
         aliases: list[torch.Tensor | None] = []
         for tensor, need in zip(inputs.tensors(), needs, strict=True):

@@ -30,12 +30,12 @@ def check_tensor(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
 
 
-def check_same(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
-    """Raise `ValueError` unless `tensor` has the dtype and device of `query`."""
+def check_same(name: str, tensor: torch.Tensor, query: torch.Tensor, whose: str = "query") -> None:
+    """Raise `ValueError` unless `tensor` has the dtype and device of `query` (or of what `whose` names)."""
     if tensor.dtype != query.dtype:
-        raise ValueError(f"{name} must have the dtype of query ({query.dtype}), got {tensor.dtype}")
+        raise ValueError(f"{name} must have the dtype of {whose} ({query.dtype}), got {tensor.dtype}")
     if tensor.device != query.device:
-        raise ValueError(f"{name} must be on the device of query ({query.device}), got {tensor.device}")
+        raise ValueError(f"{name} must be on the device of {whose} ({query.device}), got {tensor.device}")
 
 
 def check_qkv(
@@ -134,15 +134,12 @@ def check_extra_keys(
             raise ValueError("extra_lengths must be None where extra_key is None")
         return
     for name, tensor, like in (("extra_key", extra_key, key), ("extra_value", extra_value, value)):
-        if like is None:
-            continue
-        check_tensor(name, tensor)
-        check_same(name, tensor, query)
-        wanted = (query.shape[0], extra_key.shape[1] if extra_key.dim() == 4 else "tokens", *like.shape[-2:])
-        if tensor.dim() != 4 or tuple(tensor.shape) != wanted:
-            raise ValueError(
-                f"{name} must have shape [batch, tokens, kv_heads, dim] = {wanted}, got {shape_of(tensor)}"
-            )
+        if like is not None:
+            check_tokens(name, tensor, like, query)
+    if value is not None and extra_value.shape[1] != extra_key.shape[1]:
+        raise ValueError(
+            f"extra_value must have as many tokens as extra_key ({extra_key.shape[1]}), got {extra_value.shape[1]}"
+        )
     if extra_lengths is not None:
         check_lengths("extra_lengths", extra_lengths, (query.shape[0],), query)
         if not _is_readable(extra_lengths):
@@ -150,6 +147,40 @@ def check_extra_keys(
         tokens = extra_key.shape[1]
         if bool((extra_lengths < 0).any()) or bool((extra_lengths > tokens).any()):
             raise ValueError(f"extra_lengths must lie in 0..{tokens}, got {extra_lengths.tolist()}")
+
+
+def check_tokens(name: str, tensor: Any, like: torch.Tensor, query: torch.Tensor, whose: str = "query") -> None:
+    """Raise `ValueError` unless `tensor` holds tokens with the heads and dim of `like`, for the batch of `query`."""
+    check_tensor(name, tensor)
+    check_same(name, tensor, query, whose)
+    wanted = (query.shape[0], "tokens", *like.shape[-2:])
+    if tensor.dim() != 4 or tensor.shape[0] != query.shape[0] or tensor.shape[2:] != like.shape[-2:]:
+        raise ValueError(f"{name} must have shape [batch, tokens, kv_heads, dim] = {wanted}, got {shape_of(tensor)}")
+
+
+def check_weights(
+    weights: Any, value: Any, extra_value: Any, rank: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Check weights in window order against the values they sum; returns (grid, key_grid, extra tokens)."""
+    check_tensor("weights", weights)
+    ranks = RANKS if rank is None else (rank,)
+    if weights.dim() - 3 not in ranks:
+        wanted = " or ".join(str(axes + 3) for axes in ranks)
+        raise ValueError(f"weights must have {wanted} axes [batch, *grid, heads, window], got {shape_of(weights)}")
+    check_tensor("value", value)
+    check_same("value", value, weights, "weights")
+    for name, tensor, axes in (("weights", weights, weights.shape[1:-1]), ("value", value, value.shape[1:])):
+        if 0 in axes:
+            raise ValueError(f"{name} must have no empty axis but the batch, got {shape_of(tensor)}")
+    if value.dim() != weights.dim() or value.shape[0] != weights.shape[0] or weights.shape[-2] % value.shape[-2]:
+        raise ValueError(
+            f"value must be [batch, *key_grid, kv_heads, value_dim] with the batch of weights ({weights.shape[0]}) and "
+            f"a number of heads that divides {weights.shape[-2]}, got {shape_of(value)}"
+        )
+    if extra_value is not None:
+        check_tokens("extra_value", extra_value, value, weights, "weights")
+    tokens = 0 if extra_value is None else extra_value.shape[1]
+    return tuple(weights.shape[1:-2]), tuple(value.shape[1:-2]), tokens
 
 
 def check_lengths(name: str, value: Any, shape: tuple[int, ...], query: torch.Tensor) -> None:

@@ -9,10 +9,11 @@ before it looks at the tensor is the `Layout`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,13 @@ from vicinal.pattern.compose import Pattern, pattern_parts, split_heads
 from vicinal.pattern.table import AxisTable
 
 HEADER = 4
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Tensors made here are ordinary ones, whatever tracer, fake mode or inference mode is on, so they can be kept."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +199,7 @@ def unpack_row(row: npt.NDArray[np.int32], layout: Layout, grid: Sequence[int]) 
             for axis in range(len(member)):
                 length = grid[axis]
                 header = row[position : position + HEADER]
-                body = row[position + HEADER : position + HEADER + 3 * length].reshape(3, length)
+                body = row[position + HEADER : position + HEADER + 3 * length].reshape(3, length).astype(np.int64)
                 queries = int(header[3])
                 tables.append(
                     AxisTable(

@@ -50,7 +50,7 @@ def _sample(inputs: Inputs, row: Any, sample: int) -> tuple[torch.Tensor, torch.
         key = torch.cat([key, inputs.extra_key[sample, :length].double()])
         value = torch.cat([value, inputs.extra_value[sample, :length].double()])
     bias_parts = [] if inputs.bias is None else inputs.bias.split(list(inputs.layout.bias_sizes))
-    heads = []
+    heads: list[tuple[torch.Tensor, torch.Tensor]] = []
     for number, members in enumerate(groups):
         seen = torch.ones(len(query), len(key), dtype=torch.bool, device=device)
         seen[:, :num_keys] = torch.from_numpy(group_mask(Group(members))).to(device)

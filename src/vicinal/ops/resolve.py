@@ -7,6 +7,7 @@ constants; patterns reach them as nested tuples (`pattern.key`).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -15,8 +16,7 @@ import torch
 
 from vicinal.ops.backend import Problem, choose
 from vicinal.ops.operator import library
-from vicinal.ops.packing import Layout, layout_of, layout_of_padded, pack_tables
-from vicinal.ops.plan import ordinary_tensors
+from vicinal.ops.packing import Layout, layout_of, layout_of_padded, ordinary_tensors, pack_tables
 from vicinal.pattern.axis import Full
 from vicinal.pattern.bounds import AnyPattern, Bounds, bounds_of_key
 from vicinal.pattern.compose import check_pattern, pattern_key, pattern_of_key, pattern_rank
@@ -107,10 +107,19 @@ def _tables(key: Key, grid: Grid, key_grid: Grid, device: torch.device) -> torch
         return torch.from_numpy(packed).to(device)
 
 
+def _as_fake_as(like: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """`made` as it is, or as a fake tensor where `like` is one whose mode takes no real tensors beside it."""
+    mode = getattr(like, "fake_mode", None)
+    if mode is None or mode.allow_non_fake_inputs:
+        return made
+    fake: torch.Tensor = mode.from_tensor(made)
+    return fake
+
+
 def tables(key: Key, grid: Grid, key_grid: Grid, like: torch.Tensor) -> torch.Tensor:
     """The packed tables of a pattern on these grids, on the device of `like`: int32 `[1, words]`."""
     if not torch.compiler.is_dynamo_compiling():
-        return _tables(key, grid, key_grid, like.device)
+        return _as_fake_as(like, _tables(key, grid, key_grid, like.device))
     # in a traced graph the tables are made by an operator that names the pattern
     text, words = _named(key, grid, key_grid)
     found: torch.Tensor = torch.ops.vicinal.tables(like, text, grid, key_grid, words)
@@ -197,7 +206,7 @@ def _bias_index(key: Key, grid: Grid, key_grid: Grid, heads: int, device: torch.
             queries, entries = index.shape[0] * len(axis), index.shape[1] * axis.shape[1]
             index = (index[:, None, :, None] * table.bias_length + axis[None, :, None, :]).reshape(queries, entries)
         index = np.pad(index, ((0, 0), (0, width - index.shape[1])))
-        size = int(np.prod(place.bias_shape))
+        size = math.prod(place.bias_shape or ())
         columns.append(index[:, None] + (offset + size * np.arange(place.heads))[None, :, None])
         offset += size * place.heads
     with ordinary_tensors():
@@ -207,7 +216,7 @@ def _bias_index(key: Key, grid: Grid, key_grid: Grid, heads: int, device: torch.
 def bias_index(key: Key, grid: Grid, key_grid: Grid, heads: int, like: torch.Tensor) -> torch.Tensor:
     """Where each entry in window order reads the bias vector: int64 `[*grid, heads, window]`."""
     if not torch.compiler.is_dynamo_compiling():
-        return _bias_index(key, grid, key_grid, heads, like.device)
+        return _as_fake_as(like, _bias_index(key, grid, key_grid, heads, like.device))
     text, _ = _named(key, grid, key_grid)
     width = window(packed_layout(key, grid, key_grid, heads))
     found: torch.Tensor = torch.ops.vicinal.bias_index(like, text, grid, key_grid, heads, width)

@@ -12,16 +12,14 @@ are ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from vicinal.ops import checks, operator, resolve
-from vicinal.ops.backend import Inputs
 from vicinal.ops.packing import Layout
-from vicinal.ops.plan import Chunk, TileSet
-from vicinal.ops.tiled import Part, chunks, key_rows, parts, query_rows, split, take_keys, take_queries
+from vicinal.ops.tiled import bilinear
 from vicinal.pattern.bounds import AnyPattern
 
 _library = operator.library
@@ -57,15 +55,18 @@ def attention_scores(
     grid, key_grid = checks.check_qkv(query, key, None, rank)
     number = checks.check_scale(scale, query.shape[-1])
     layout = resolve.packed_layout(pattern_key, grid, key_grid, query.shape[-2])
-    tables = resolve.tables(pattern_key, grid, key_grid, query)
-    scores = torch.ops.vicinal.scores(query, key, tables, layout, number)
+    if extra_key is not None:
+        checks.check_tokens("extra_key", extra_key, key, query)
+    vector = None
     if bias is not None:
         shapes, heads = resolve.bias_shapes(layout)
         vector = checks.flatten_bias(bias, shapes, heads, query)
+    tables = resolve.tables(pattern_key, grid, key_grid, query)
+    scores = torch.ops.vicinal.scores(query, key, tables, layout, number)
+    if vector is not None:
         index = resolve.bias_index(pattern_key, grid, key_grid, query.shape[-2], query)
         scores = scores + vector.to(scores.dtype)[index]
     if extra_key is not None:
-        checks.check_extra_keys(extra_key, extra_key, None, query, key, None)
         shared = query.shape[-2] // key.shape[-2]
         split_query = query.flatten(1, -3).unflatten(2, (-1, shared))
         extra = torch.einsum("bnghd,btgd->bnght", split_query * number, extra_key)
@@ -86,24 +87,9 @@ def apply_scores(
     [3.0, 3.0, 6.0, 9.0, 9.0]
     """
     pattern_key, rank = resolve.key_of(pattern)
-    checks.check_tensor("weights", weights)
-    checks.check_tensor("value", value)
-    ranks = checks.RANKS if rank is None else (rank,)
-    if weights.dim() - 3 not in ranks:
-        raise ValueError(
-            f"weights must have {' or '.join(str(axes + 3) for axes in ranks)} axes [batch, *grid, heads, window], "
-            f"got {checks.shape_of(weights)}"
-        )
-    if value.dim() != weights.dim() or value.shape[0] != weights.shape[0] or weights.shape[-2] % value.shape[-2]:
-        raise ValueError(
-            f"value must be [batch, *key_grid, kv_heads, value_dim] with the batch of weights ({weights.shape[0]}) and "
-            f"a number of heads that divides {weights.shape[-2]}, got {checks.shape_of(value)}"
-        )
-    checks.check_same("value", value, weights)
-    grid, key_grid = tuple(weights.shape[1:-2]), tuple(value.shape[1:-2])
+    grid, key_grid, tokens = checks.check_weights(weights, value, extra_value, rank)
     layout = resolve.packed_layout(pattern_key, grid, key_grid, weights.shape[-2])
     window = resolve.window(layout)
-    tokens = 0 if extra_value is None else extra_value.shape[1]
     if weights.shape[-1] != window + tokens:
         raise ValueError(
             f"weights must have {window} entries in the last axis for this pattern"
@@ -112,127 +98,10 @@ def apply_scores(
     tables = resolve.tables(pattern_key, grid, key_grid, weights)
     out: torch.Tensor = torch.ops.vicinal.apply(weights[..., :window], value, tables, layout)
     if extra_value is not None:
-        checks.check_same("extra_value", extra_value, weights)
         shared = weights.shape[-2] // value.shape[-2]
         own = weights[..., window:].flatten(1, -3).unflatten(2, (-1, shared))
         out = out + torch.einsum("bnght,btgd->bnghd", own, extra_value).flatten(2, 3).unflatten(1, grid)
     return out
-
-
-def _bundle(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tables: torch.Tensor,
-    layout: Sequence[int],
-    scale: float = 1.0,
-) -> Inputs:
-    return Inputs(query, key, value, tables, None, None, None, None, Layout.unpack(layout), scale)
-
-
-_Piece = tuple[slice, Part, Chunk, TileSet, torch.Tensor, torch.Tensor, slice]
-
-
-def _pieces(inputs: Inputs) -> Iterator[_Piece]:
-    """Every chunk of every member: its heads, part, chunk, tiles, window index and validity, window columns."""
-    for samples, plan, length in split(inputs, bounded=True):
-        for (heads, part), members, layout in zip(
-            parts(inputs, samples, plan, length), plan.groups, inputs.layout.groups, strict=True
-        ):
-            begin = 0
-            for member, axes in zip(members, layout.members, strict=True):
-                most = tuple(axis.most for axis in axes)
-                columns = slice(begin, begin + math.prod(most))
-                begin = columns.stop
-                for tiles in member.sets:
-                    for chunk in chunks(part, tiles):
-                        index, valid = tiles.window(chunk.shapes, most)
-                        index, valid = _for_tiles(index, part, chunk), _for_tiles(valid, part, chunk)
-                        yield heads, part, chunk, tiles, index, valid, columns
-
-
-def _for_tiles(shapes: torch.Tensor, part: Part, chunk: Chunk) -> torch.Tensor:
-    """`[shapes, queries, window]` as `[tiles, kv_heads, shared * queries, window]`."""
-    shapes = shapes.to(part.query.device)
-    own = shapes.expand(len(chunk.query_index), -1, -1) if chunk.which is None else shapes[chunk.which]
-    return own[:, None, None].expand(-1, part.kv_heads, part.shared, -1, -1).flatten(2, 3)
-
-
-def _scores(
-    query: torch.Tensor, key: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], scale: float
-) -> torch.Tensor:
-    inputs = _bundle(query, key, key, tables, layout)
-    out = query.new_full((*query.shape[:-1], inputs.layout.window), -math.inf)
-    if not query.shape[0]:
-        return out
-    rows = out.view(-1, query.shape[-2], inputs.layout.window)
-    for heads, part, chunk, _, index, valid, columns in _pieces(inputs):
-        tile = take_queries(part.query, chunk.query_index, part).to(part.compute_dtype)
-        keys = take_keys(part.key, chunk.key_index, part).to(part.compute_dtype)
-        picked = torch.matmul(tile, keys.transpose(-1, -2)).mul_(scale).gather(-1, index)
-        found = query_rows(picked.masked_fill_(~valid, -math.inf), part).view(-1, part.heads, index.shape[-1])
-        where = chunk.query_index.reshape(-1)
-        if chunk.keep is not None:
-            where, found = where[chunk.keep.reshape(-1)], found[chunk.keep.reshape(-1)]
-        rows[where, heads, columns] = found.to(out.dtype)
-    return out
-
-
-def _dense_weights(
-    weights: torch.Tensor, heads: slice, part: Part, chunk: Chunk, tiles: TileSet, index: torch.Tensor,
-    valid: torch.Tensor, columns: slice,
-) -> torch.Tensor:  # fmt: skip
-    """Weights in window order as `[tiles, kv_heads, shared * queries, keys]` of their tiles."""
-    rows = weights.reshape(-1, *weights.shape[-2:])[:, heads, columns].to(part.compute_dtype)
-    own = take_queries(rows.reshape(len(rows), -1), chunk.query_index, part)
-    own = torch.where(valid, own, 0.0)
-    if chunk.keep is not None:
-        keep = chunk.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
-        own = torch.where(keep, own, 0.0)
-    return own.new_zeros(*own.shape[:-1], tiles.keys).scatter_add_(-1, index, own)
-
-
-def _apply(weights: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layout: Sequence[int]) -> torch.Tensor:
-    shape = (*weights.shape[:-1], value.shape[-1])
-    out = weights.new_zeros(shape)
-    if not weights.shape[0]:
-        return out
-    inputs = _bundle(weights, value, value, tables, layout)
-    rows = out.view(-1, *shape[-2:])
-    for heads, part, chunk, tiles, index, valid, columns in _pieces(inputs):
-        dense = _dense_weights(weights, heads, part, chunk, tiles, index, valid, columns)
-        values = take_keys(part.value, chunk.key_index, part).to(part.compute_dtype)
-        found = query_rows(torch.matmul(dense, values), part).view(-1, part.heads, part.value_dim)
-        where = chunk.query_index.reshape(-1)
-        if chunk.keep is not None:
-            where, found = where[chunk.keep.reshape(-1)], found[chunk.keep.reshape(-1)]
-        rows[where, heads] += found.to(out.dtype)
-    return out
-
-
-def _spread(
-    weights: torch.Tensor, query: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], kv_heads: int,
-    key_grid: Sequence[int],
-) -> torch.Tensor:  # fmt: skip
-    batch_size, head_dim = query.shape[0], query.shape[-1]
-    out = query.new_zeros(batch_size, *key_grid, kv_heads, head_dim)
-    if not batch_size:
-        return out
-    inputs = _bundle(query, out, out, tables, layout)
-    shared = query.shape[-2] // kv_heads
-    total = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
-    rows = total.view(-1, kv_heads, head_dim)
-    for heads, part, chunk, tiles, index, valid, columns in _pieces(inputs):
-        dense = _dense_weights(weights, heads, part, chunk, tiles, index, valid, columns)
-        own = take_queries(part.query, chunk.query_index, part).to(part.compute_dtype)
-        found = key_rows(torch.matmul(dense.transpose(-1, -2), own)).view(-1, part.kv_heads, head_dim)
-        where = chunk.key_index.reshape(-1)
-        if part.shared == shared:
-            rows[:, heads.start // shared : heads.stop // shared].index_add_(0, where, found)
-        else:  # a group that splits key heads
-            for place, head in enumerate(range(heads.start, heads.stop)):
-                rows[:, head // shared].index_add_(0, where, found[:, place])
-    return total.to(query.dtype)
 
 
 def _scores_fake(
@@ -314,9 +183,9 @@ def _cut_window(scores: torch.Tensor) -> torch.Tensor:
 
 
 for _name, _run, _fake, _backward, _setup in (
-    ("scores", _scores, _scores_fake, _differentiate_scores, _save_scores),
-    ("apply", _apply, _apply_fake, _differentiate_apply, _save_apply),
-    ("spread", _spread, _spread_fake, _differentiate_spread, _save_spread),
+    ("scores", bilinear.scores, _scores_fake, _differentiate_scores, _save_scores),
+    ("apply", bilinear.apply, _apply_fake, _differentiate_apply, _save_apply),
+    ("spread", bilinear.spread, _spread_fake, _differentiate_spread, _save_spread),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vicinal::{_name}", _fake, lib=_library)

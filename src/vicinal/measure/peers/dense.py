@@ -38,14 +38,14 @@ def sdpa_mask(task: Task) -> list[Prepared]:
     dense = additive(mask(task.problem.pattern, task.problem.grid).reshape(tokens, tokens), task)
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        rows = [tensor.flatten(2, -2) for tensor in (query, key, value)]
-        return F.scaled_dot_product_attention(*rows, attn_mask=dense).view(query.shape)
+        rows, keys, values = (tensor.flatten(2, -2) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=dense).view(query.shape)
 
     return [Prepared(call, HEADS_FIRST)]
 
 
 def flex(task: Task) -> list[Prepared]:
-    """torch's FlexAttention, compiled, with a block mask; on a CPU it has no backward."""
+    """FlexAttention, compiled, with a block mask; on a CPU it has no backward."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     problem = task.problem
@@ -58,7 +58,7 @@ def flex(task: Task) -> list[Prepared]:
     steps = [table.step for table in axis_tables(task)]
 
     def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        seen = batch == batch
+        seen = query >= 0
         for axis in reversed(range(len(steps))):
             length, step = problem.grid[axis], steps[axis]
             place, query = query % length, query // length
@@ -73,8 +73,9 @@ def flex(task: Task) -> list[Prepared]:
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
         def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            rows = [tensor.flatten(2, -2) for tensor in (query, key, value)]
-            return compiled(*rows, block_mask=blocks).view(query.shape)
+            rows, keys, values = (tensor.flatten(2, -2) for tensor in (query, key, value))
+            out: torch.Tensor = compiled(rows, keys, values, block_mask=blocks)
+            return out.view(query.shape)
 
         prepared = Prepared(call, HEADS_FIRST)
         try:

@@ -40,9 +40,7 @@ def halo_bmm(task: Task) -> list[Prepared]:
     """Tiles by batched matrix products and a softmax."""
     scale = task.problem.head_dim**-0.5
 
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         scores = (query * scale) @ key.transpose(-1, -2)
         if mask is not None:
             scores += mask
@@ -54,9 +52,7 @@ def halo_bmm(task: Task) -> list[Prepared]:
 def halo_sdpa(task: Task) -> list[Prepared]:
     """Tiles by torch's scaled dot-product attention."""
 
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
     return _candidates(task, attend)
@@ -134,22 +130,24 @@ def _made(task: Task, tiling: Tiling, attend: Attend) -> Callable[..., torch.Ten
     axes = range(2, 2 + 3 * rank, 3)
     order = [0, *(axis + 2 for axis in axes), 1, *axes, *(axis + 1 for axis in axes), 2 + 3 * rank]
     back = [order.index(position) for position in range(len(order))]
-    by_residue = [part for length, step in zip(problem.grid, tiling.steps, strict=True) for part in (length // step, step)]
+    by_residue = [
+        part for length, step in zip(problem.grid, tiling.steps, strict=True) for part in (length // step, step)
+    ]
     pairs = range(2, 2 + 2 * rank, 2)
     residue_order = [0, *(axis + 1 for axis in pairs), 1, *pairs, 2 + 2 * rank]
     portions = _portions(task, tiling, samples)
 
     def portion(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor | None, mask: torch.Tensor | None
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        gathered = []
-        for tensor in (key, value):
-            if keys is None:
-                gathered.append(tensor)
-            else:
-                rows = tensor.index_select(1, keys.reshape(-1))
-                gathered.append(rows.view(len(rows), *keys.shape, -1))
-        return attend(query, *gathered, mask)
+        if keys is not None:
+            index, shape = keys.reshape(-1), (len(key), *keys.shape, -1)
+            key, value = key.index_select(1, index).view(shape), value.index_select(1, index).view(shape)
+        return attend(query, key, value, mask)
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         batch, heads, dim = query.shape[0], query.shape[1], query.shape[-1]
@@ -172,7 +170,9 @@ def _made(task: Task, tiling: Tiling, attend: Attend) -> Callable[..., torch.Ten
             masks = itertools.repeat(None) if tiling.mask is None else tiling.mask.chunk(portions)
             parts = zip(tiles.chunk(portions, 1), tiling.keys.chunk(portions), masks)  # noqa: B905 - masks may repeat
             run = checkpoint if torch.is_grad_enabled() else lambda function, *given, **_: function(*given)
-            out = torch.cat([run(portion, part, key, value, own, mask, use_reentrant=False) for part, own, mask in parts], 1)
+            out = torch.cat(
+                [run(portion, part, key, value, own, mask, use_reentrant=False) for part, own, mask in parts], 1
+            )
         return out.view(shape).permute(back).reshape(query.shape)
 
     return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vicinal.ops.packing import Layout, unpack_row
+from vicinal.ops.packing import Layout, ordinary_tensors, unpack_row
 from vicinal.ops.tiling import AxisTiles, buckets, cut
 from vicinal.pattern.bounds import Member
 from vicinal.pattern.table import AxisTable
@@ -40,13 +39,6 @@ _TILE_SIZES = {
 
 MOST_REMEMBERED_BYTES = 8 << 20
 """Row numbers and masks of a set of tiles are kept between calls up to this size."""
-
-
-@contextlib.contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Tensors made here are ordinary ones, whatever tracer, fake mode or inference mode is on, so they can be kept."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
-        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The `vicinal` command: one short file per subcommand, which parses, calls and prints."""
