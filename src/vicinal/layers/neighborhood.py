@@ -25,7 +25,7 @@ class _NeighborhoodAttention(nn.Module):
 
     rank: ClassVar[int]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - NATTEN's arguments, in NATTEN's order
         self,
         embed_dim: int,
         num_heads: int,

@@ -64,20 +64,19 @@ def _sample(inputs: Inputs, row: Any, sample: int) -> tuple[torch.Tensor, torch.
             if bias is not None:
                 scores = torch.cat([scores[:, :num_keys] + bias[place], scores[:, num_keys:]], 1)
             heads.append(_softmax(scores, seen, value[:, head // shared]))
-    out = torch.stack([head[0] for head in heads], 1).unflatten(0, [len(table) for table in groups[0][0]])
-    lse = torch.stack([head[1] for head in heads], 1).unflatten(0, [len(table) for table in groups[0][0]])
-    whole_out = out.new_zeros(*inputs.grid, *out.shape[-2:])
-    whole_lse = lse.new_full((*inputs.grid, lse.shape[-1]), -torch.inf)
-    return _put(whole_out, own_grid, out), _put(whole_lse, own_grid, lse)
+    sizes = [len(table) for table in groups[0][0]]
+    out = torch.stack([head[0] for head in heads], 1).unflatten(0, sizes)
+    lse = torch.stack([head[1] for head in heads], 1).unflatten(0, sizes)
+    missing = [whole - own for whole, own in zip(inputs.grid, sizes, strict=True)]
+    return _padded(out, missing, 0.0), _padded(lse.unsqueeze(-1), missing, -torch.inf).squeeze(-1)
 
 
-def _put(whole: torch.Tensor, where: tuple[slice, ...], part: torch.Tensor) -> torch.Tensor:
-    """`whole` with `part` in its place, without writing into it."""
-    if whole.shape == part.shape:
-        return part
-    result = whole.clone()
-    result[where] = part
-    return result
+def _padded(part: torch.Tensor, missing: Sequence[int], filling: float) -> torch.Tensor:
+    """`[*own grid, heads, dim]` with so many tokens more at the end of each axis of the grid."""
+    pads = [0, 0, 0, 0]
+    for amount in reversed(missing):
+        pads += [0, amount]
+    return torch.nn.functional.pad(part, pads, value=filling)
 
 
 def _softmax(scores: torch.Tensor, seen: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

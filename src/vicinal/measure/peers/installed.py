@@ -55,7 +55,7 @@ class _Slice(nn.Module):
 
 
 def timm_window(task: Task) -> list[Prepared]:
-    """The `WindowAttention` of timm without its projections, its position bias zero, on windows that are cut already."""
+    """The `WindowAttention` of timm without projections, its position bias zero, on windows that are cut already."""
     size, shift = square_window(task)
     swin = _import("timm", "timm.models.swin_transformer")
     problem = task.problem
@@ -71,7 +71,7 @@ def timm_window(task: Task) -> list[Prepared]:
 
 
 def transformers_window(task: Task) -> list[Prepared]:
-    """The `SwinSelfAttention` of transformers without its projections, its bias zero, on windows that are cut already."""
+    """The `SwinSelfAttention` of transformers without projections, its bias zero, on windows that are cut already."""
     size, shift = square_window(task)
     swin = _import("transformers", "transformers.models.swin.modeling_swin")
     problem = task.problem

@@ -112,7 +112,7 @@ def spread(
     weights: torch.Tensor, query: torch.Tensor, tables: torch.Tensor, layout: Sequence[int], kv_heads: int,
     key_grid: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
-    """What stands at the queries, summed with their weights at the keys they see: `[batch, *key_grid, kv_heads, dim]`."""
+    """Tensors of the queries summed, with weights, at the keys they see: `[batch, *key_grid, kv_heads, dim]`."""
     batch_size, head_dim = query.shape[0], query.shape[-1]
     out = query.new_zeros(batch_size, *key_grid, kv_heads, head_dim)
     if not batch_size:

@@ -1,0 +1,173 @@
+"""The entry point: finds the command, runs it, and turns a user's mistake into one sentence.
+
+Arguments are read with argparse, so that `vicinal --help` imports nothing but the standard library; each command
+imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from vicinal.version import __version__
+
+BAD_REQUEST, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
+"""Exit codes: what was asked cannot be done; nobody reads the output any more; Ctrl-C."""
+
+PATTERN_HELP = """
+A pattern is written as in Python: an axis kind for all axes, a tuple of one per axis, or a combination.
+  Near(7), Near(7, dilation=8), Near(7, stride=2), Near(7, causal=True), Near(7, border="wrap")
+  Window(7), Window(7, shift=3), Halo(8, 4), Grid(7), Full(), Full(causal=True), Same()
+  "(Same(), Full())", "heads(Near(7), (Full(), Window(4)))", "union((Same(), Full()), (Full(), Same()))"
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where to read how it is done; exit with code 2."""
+        self.exit(BAD_REQUEST, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the `vicinal` command; returns its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        return _guarded(options.run, options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # what is left in the buffer has no reader either; without this Python complains while it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    try:
+        run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if not _is_users_mistake(error):
+            raise
+        print(f"vicinal {options.command}: {_sentence(error)}", file=sys.stderr)
+        return BAD_REQUEST
+    return 0
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    """Whether to answer with a sentence; of anything else the traceback is wanted."""
+    from vicinal.ops.backend import BackendRefused
+    from vicinal.tour.extras import MissingExtra
+
+    if isinstance(error, BackendRefused | MissingExtra | OSError):
+        return True
+    # our own checks raise ValueError for the user; one that comes out of another library is a bug of ours
+    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, ValueError) and raised_in[-1].startswith("vicinal.")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f": {error.filename}"
+        return f"{error.strerror}{place}"
+    return " ".join(str(error).split())
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="vicinal", description="Local attention for images, video and sequences.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"vicinal {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    _add_explain(commands)
+    _add_show(commands)
+    _add_tour(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None], epilog: str = "") -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_explain(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import explain
+
+        explain.run(options)
+
+    summary = "which back end an attention call would use, why not the others, and what it costs"
+    parser = _add(commands, "explain", summary, run, PATTERN_HELP)
+    what = parser.add_argument_group("who sees whom (either --kernel or --pattern)")
+    what.add_argument("--pattern", help="a pattern, see below")
+    what.add_argument("--kernel", type=int, nargs="+", metavar="K", help="kernel size, of all axes or one per axis")
+    what.add_argument("--dilation", type=int, nargs="+", metavar="D", help="with --kernel; 1 by default")
+    what.add_argument("--stride", type=int, nargs="+", metavar="S", help="with --kernel; 1 by default")
+    what.add_argument(
+        "--causal", nargs="*", choices=("true", "false"), metavar="true|false", help="with --kernel; alone: every axis"
+    )
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument("--grid", type=int, nargs="+", required=True, metavar="N", help="of the queries, 1 to 3 axes")
+    sizes.add_argument("--key-grid", type=int, nargs="+", metavar="N", help="of the keys, where it differs")
+    sizes.add_argument("--batch", type=int, default=1, metavar="B")
+    sizes.add_argument("--heads", type=int, default=1, metavar="H")
+    sizes.add_argument("--kv-heads", type=int, metavar="H", help="heads of key and value, where fewer")
+    sizes.add_argument("--head-dim", type=int, default=32, metavar="D")
+    sizes.add_argument("--value-dim", type=int, metavar="D", help="head dim of value, where it differs")
+    sizes.add_argument("--extra-tokens", type=int, default=0, metavar="T", help="extra keys that every query sees")
+    sizes.add_argument("--bias", action="store_true", help="with a relative position bias")
+    where = parser.add_argument_group("where")
+    where.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16", "float64"))
+    where.add_argument("--device", default="cpu", help="cpu, cuda, ...; this machine need not have it")
+    where.add_argument("--backend", help="ask for one by name instead of the automatic choice")
+    where.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+def _add_show(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import show
+
+        show.run(options)
+
+    summary = "a pattern on a grid: the keys one query sees, how far layers reach, how tiles fall"
+    parser = _add(commands, "show", summary, run, PATTERN_HELP)
+    parser.add_argument("pattern", nargs="?", help="a pattern, see below")
+    parser.add_argument("--grid", type=int, nargs="+", required=True, metavar="N", help="of the queries, 1 to 3 axes")
+    parser.add_argument("--key-grid", type=int, nargs="+", metavar="N", help="of the keys, where it differs")
+    parser.add_argument("--query", type=int, nargs="+", metavar="I", help="which query; the middle one by default")
+    parser.add_argument(
+        "--schedule", nargs="+", metavar="PATTERN", help="the receptive field over these layers, first layer first"
+    )
+    parser.add_argument(
+        "--tiles", type=int, nargs="+", metavar="Q", help="classes of tiles of so many queries, per axis or for all"
+    )
+    parser.add_argument("--key-tile", type=int, nargs="+", metavar="K", help="keys of a tile; like --tiles by default")
+    parser.add_argument("--save", metavar="FILE", help="draw a picture instead (.png; needs vicinal[plot])")
+
+
+def _add_tour(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import tour
+
+        tour.run(options)
+
+    parser = _add(commands, "tour", "build a page that shows what the library does, on a photograph", run)
+    parser.add_argument("--out", default="demo", metavar="FOLDER", help="where index.html goes (demo by default)")
+    parser.add_argument("--quick", action="store_true", help="smaller pictures and fewer rounds, in a few seconds")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
