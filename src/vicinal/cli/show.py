@@ -22,14 +22,12 @@ MOST_PLACES = 1 << 20
 TILE_SIGNS = (".", "+", "#")
 """Empty, partial, full: in the order of the classes in `vicinal.ops.tiling`."""
 
-DEPTH_SIGNS = "." + "123456789" + "abcdefghijklmnopqrstuvwxyz"
+DEPTH_SIGNS = ".123456789abcdefghijklmnoprstuvwxyz"  # without q, the query that does not see itself
 
 STYLES = {
-    QUERY: "bold bright_red",
-    SEEN: "cyan",
-    UNSEEN: "bright_black",
-    "+": "yellow",
-    **dict.fromkeys(DEPTH_SIGNS[1:], "cyan"),
+    **dict.fromkeys(DEPTH_SIGNS, "magenta"),
+    **{"1": "bold cyan", "2": "cyan", "3": "green", "4": "yellow"},
+    **{QUERY: "bold bright_red", QUERY.lower(): "bright_red", SEEN: "cyan", UNSEEN: "bright_black", "+": "yellow"},
 }
 
 
@@ -141,6 +139,6 @@ def _colored(line: str) -> Text:
     start = 0
     for end in range(1, len(line) + 1):
         if end == len(line) or line[end] != line[start]:
-            text.append(line[start:end], STYLES.get(line[start].upper(), STYLES.get(line[start], "")))
+            text.append(line[start:end], STYLES[line[start]])
             start = end
     return text
