@@ -220,13 +220,29 @@ def test_batches_of_two_and_more_share_one_recompilation(problem: Problem, backw
     assert counter.frame_count <= 2
 
 
-def test_another_grid_is_another_problem_and_compiles_again() -> None:
+def test_other_sizes_are_other_problems_and_compile_again() -> None:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         return vicinal.attention(query, key, value, Near(3, dilation=2))
 
     compiled = whole_graph(call)
-    for grid in ((7, 6), (9, 6), (9, 11), (7, 6)):
-        assert_same(compiled, call, inputs(1, *grid, 2, 4))
+    for shape in ((7, 6, 2, 4), (9, 6, 2, 4), (9, 11, 2, 4), (7, 6, 4, 4), (7, 6, 4, 8)):
+        assert_same(compiled, call, inputs(2, *shape))
+    scores = whole_graph(lambda query, key: vicinal.attention_scores(query, key, Near(3)))
+    sums = whole_graph(lambda weights, value: vicinal.apply_scores(weights, value, Near(3)))
+    for length in (7, 9, 12):
+        query, key = torch.randn(2, 2, length, 2, 4).unbind(0)
+        found = scores(query, key)
+        torch.testing.assert_close(found, vicinal.attention_scores(query, key, Near(3)))
+        torch.testing.assert_close(sums(found, key), vicinal.apply_scores(found, key, Near(3)))
+
+
+def test_numbers_of_extra_tokens_may_change() -> None:
+    def call(query: torch.Tensor, extra: torch.Tensor) -> Any:
+        return vicinal.attention(query, query, query, Near(3), extra_key=extra, extra_value=extra, extra_query=extra)
+
+    compiled = whole_graph(call)
+    for tokens in (1, 3, 4, 7):
+        assert_same(compiled, call, [*inputs(2, 9, 2, 4, number=1), *inputs(2, tokens, 2, 4, number=1)])
 
 
 def test_user_mistakes_are_reported_while_compiling() -> None:

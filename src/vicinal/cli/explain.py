@@ -102,9 +102,7 @@ def explain_sizes(
         bias = tuple(tensor(*shape) for shape in bias_shapes(pattern, queries, keys, num_heads)) if use_bias else None
         extra = (tensor(batch, tokens, kv_heads, dim), tensor(batch, tokens, kv_heads, value_dim)) if tokens else None
     extra_key, extra_value = extra or (None, None)
-    return explain(
-        query, key, value, pattern, bias=bias, extra_key=extra_key, extra_value=extra_value, backend=backend
-    )
+    return explain(query, key, value, pattern, bias=bias, extra_key=extra_key, extra_value=extra_value, backend=backend)
 
 
 def device_named(name: str) -> torch.device:
@@ -149,7 +147,9 @@ def print_explanation(explanation: Explanation, pattern: AnyPattern, batch: int,
     refused.add_column("other back end", no_wrap=True)
     refused.add_column("why not", overflow="fold")
     for name, reasons in explanation.refused.items():
-        refused.add_row(name, "; ".join(reasons) or "could, but the one above comes first", style="" if reasons else "dim")
+        refused.add_row(
+            name, "; ".join(reasons) or "could, but the one above comes first", style="" if reasons else "dim"
+        )
     out.print(refused)
     for note in explanation.notes:
         out.print(f"note: {note}", style="dim", soft_wrap=True)

@@ -54,20 +54,21 @@ def views_of(options: argparse.Namespace) -> list[Seen | Reach | TileMap]:
         raise ValueError("--key-tile goes with --tiles, which says how many queries a tile has")
     if options.tiles is not None and options.pattern is None:
         raise ValueError("--tiles needs a pattern before the options: which one falls into tiles?")
-    grids = [as_grid("show", "--grid", options.grid)]
-    if options.key_grid is not None:
-        grids.append(as_grid("show", "--key-grid", options.key_grid))
-    for grid in grids:
-        if math.prod(grid) > MOST_PLACES:
-            raise ValueError(f"a grid of {math.prod(grid):,} places is too large for a picture; at most {MOST_PLACES:,}")
+    grid = as_grid("show", "--grid", options.grid)
+    key_grid = grid if options.key_grid is None else as_grid("show", "--key-grid", options.key_grid)
+    for lengths in (grid, key_grid):
+        if math.prod(lengths) > MOST_PLACES:
+            raise ValueError(
+                f"a grid of {math.prod(lengths):,} places is too large for a picture; at most {MOST_PLACES:,}"
+            )
     views: list[Seen | Reach | TileMap] = []
     if options.pattern is not None:
         pattern = parse(options.pattern)
-        views += seen(pattern, *grids, query=options.query)
+        views += seen(pattern, grid, key_grid, query=options.query)
         if options.tiles is not None:
             views += _checked_tiles(options, pattern)
     if options.schedule is not None:
-        views.append(reach([parse(layer) for layer in options.schedule], *grids, query=options.query))
+        views.append(reach([parse(layer) for layer in options.schedule], grid, key_grid, query=options.query))
     return views
 
 
@@ -76,7 +77,9 @@ def _checked_tiles(options: argparse.Namespace, pattern: object) -> list[TileMap
     for tiles in maps:
         if math.prod(tiles.shape) > MOST_PLACES:
             queries, keys = tiles.shape
-            raise ValueError(f"{queries:,} query tiles by {keys:,} key tiles are too many for a picture; choose larger ones")
+            raise ValueError(
+                f"{queries:,} query tiles by {keys:,} key tiles are too many for a picture; choose larger ones"
+            )
     return maps
 
 

@@ -166,7 +166,9 @@ def pack_whole_tables(grids: torch.Tensor, key_grid: tuple[int, ...], grid: tupl
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as autocast wants them for a matrix product; float64 and None stay as they are."""
     first = tensors[0]
-    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, torch.Tensor) or not torch.amp.is_autocast_available(first.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(

@@ -6,6 +6,7 @@ Messages say which argument, what came, and what is allowed.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,15 @@ RANKS = (1, 2, 3)
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """A shape that prints as plain numbers."""
     return tuple(tensor.shape)
+
+
+def _grid_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The grid as plain integers.
+
+    A compiler that has seen two sizes makes symbols of them, but tables, layouts and the choice of a back end need
+    numbers: `index` tells it so, for the heads and dims as well. The batch may stay a symbol.
+    """
+    return tuple(operator.index(length) for length in tensor.shape[1:])[:-2]
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -74,7 +84,8 @@ def check_qkv(
         raise ValueError(
             f"value must have the grid and heads of key {tuple(key.shape[1:-1])}, got {tuple(value.shape[1:-1])}"
         )
-    return tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+    grids = [_grid_of(tensor) for tensor in (query, key, value) if tensor is not None]
+    return grids[0], grids[1]
 
 
 def check_scale(scale: Any, head_dim: int) -> float:
@@ -180,7 +191,7 @@ def check_weights(
     if extra_value is not None:
         check_tokens("extra_value", extra_value, value, weights, "weights")
     tokens = 0 if extra_value is None else extra_value.shape[1]
-    return tuple(weights.shape[1:-2]), tuple(value.shape[1:-2]), tokens
+    return _grid_of(weights), _grid_of(value), tokens
 
 
 def check_lengths(name: str, value: Any, shape: tuple[int, ...], query: torch.Tensor) -> None:
@@ -216,6 +227,7 @@ def check_extra_query(extra_query: Any, query: torch.Tensor) -> None:
         raise ValueError(
             f"extra_query must have shape [batch, tokens, heads, head_dim] = {wanted}, got {shape_of(extra_query)}"
         )
+    operator.index(extra_query.shape[1])  # a number to compilers, see _grid_of
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:

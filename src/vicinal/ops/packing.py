@@ -29,7 +29,7 @@ HEADER = 4
 @contextlib.contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """Tensors made here are ordinary ones, whatever tracer, fake mode or inference mode is on, so they can be kept."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         yield
 
 

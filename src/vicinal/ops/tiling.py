@@ -144,7 +144,7 @@ def classify(tiles: AxisTiles, key_tile: int) -> npt.NDArray[np.int8]:
     all are full, and partial otherwise.
 
     >>> classify(cut(AxisTable.of(Near(5), 12), 4), 4).tolist()
-    [[1, 1, 0], [1, 2, 1], [0, 1, 1]]
+    [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
     """
     table = tiles.table
     num_key_tiles = math.ceil(math.ceil(table.length / table.step) / key_tile)

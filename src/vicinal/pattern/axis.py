@@ -48,7 +48,9 @@ class AxisKind:
     >>> @dataclasses.dataclass(frozen=True, repr=False)
     ... class First(vicinal.AxisKind):
     ...     "Every query sees the first `size` keys."
+    ...
     ...     size: int
+    ...
     ...     def rows(self, center, length, xp):
     ...         return center * 0, center * 0 + smaller(xp, self.size, length)
     >>> int(vicinal.pattern.count(First(3), (10,)))

@@ -139,9 +139,7 @@ AnyPattern: TypeAlias = Pattern | Bounds
 """A pattern, or a pattern already on a grid."""
 
 
-def bounds(
-    pattern: AnyPattern, grid: Sequence[int] | None = None, key_grid: Sequence[int] | None = None
-) -> Bounds:
+def bounds(pattern: AnyPattern, grid: Sequence[int] | None = None, key_grid: Sequence[int] | None = None) -> Bounds:
     """The tables of a pattern on a grid, and (if it differs) against a key grid.
 
     >>> bounds(heads(Near(3), Window(4)), (16,)).groups[1].members[0][0].start.tolist()

@@ -94,9 +94,7 @@ def split_heads(num_heads: int, num_groups: int, sizes: tuple[int, ...] | None) 
     """How many of `num_heads` heads each group has: the given sizes, or equal shares."""
     if sizes is not None:
         if sum(sizes) != num_heads:
-            raise ValueError(
-                f"pattern: heads(..., sizes={sizes}) is for {sum(sizes)} heads, the query has {num_heads}"
-            )
+            raise ValueError(f"pattern: heads(..., sizes={sizes}) is for {sum(sizes)} heads, the query has {num_heads}")
         return sizes
     if num_heads % num_groups:
         raise ValueError(

@@ -21,9 +21,7 @@ Schedule: TypeAlias = AnyPattern | Sequence[AnyPattern]
 """One pattern, or a list of them, one per layer. (A tuple of axis kinds is one pattern.)"""
 
 
-def mask(
-    pattern: AnyPattern, grid: Sequence[int] | None = None, key_grid: Sequence[int] | None = None
-) -> torch.Tensor:
+def mask(pattern: AnyPattern, grid: Sequence[int] | None = None, key_grid: Sequence[int] | None = None) -> torch.Tensor:
     """Who sees whom, written out: bool `[*grid, *key_grid]`, with one more axis first for `heads` groups.
 
     >>> mask(Near(3), (4,)).int().tolist()

@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 
-class MissingExtra(ImportError):  # noqa: N818 - it says what to install, nothing is broken
+class MissingExtra(ImportError):
     """A package is missing that one of vicinal's extras brings; the message says which."""
 
 
@@ -20,7 +20,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
             raise  # it is here, but something that it needs itself is not
-        package = error.name.split(".")[0]
         raise MissingExtra(f"{purpose} needs {package}, which is not here: pip install vicinal[{extra}]") from None

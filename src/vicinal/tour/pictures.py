@@ -30,10 +30,10 @@ DEPTHS = ("#0d3b52", "#149c93", "#9fd8a4", "#f6e7a1")
 """From the keys that one layer reaches to those that need the whole stack."""
 
 PANEL_INCHES, STRIP_INCHES, GAP_INCHES, MARGIN_INCHES = 4.0, 0.5, 0.5, 0.25
-HEAD_INCHES, FOOT_INCHES = 0.95, 0.6
-"""Room above a picture for its title, and below it for its legend."""
+TITLE_INCHES, SUBTITLE_INCHES, FOOT_INCHES = 0.19, 0.15, 0.42
+"""Room for a line above a picture, and for the legend below it."""
 
-MOST_COLUMNS, MOST_LEGEND_COLUMNS = 3, 6
+MOST_COLUMNS, MOST_LEGEND_COLUMNS, MOST_NAMES = 3, 6, 4
 
 
 def save_views(views: Sequence[View], path: str | Path, *, columns: int = MOST_COLUMNS) -> Path:
@@ -55,12 +55,13 @@ def _figure(views: Sequence[View], columns: int) -> Any:
     figures = require("matplotlib.figure", "plot", "drawing")
     rows = [views[start : start + columns] for start in range(0, len(views), columns)]
     panels = [max(_inches(view)[1] for view in row) for row in rows]
-    height = sum(HEAD_INCHES + panel + FOOT_INCHES for panel in panels) + 2 * MARGIN_INCHES
+    heads = [max(_head_inches(view) for view in row) for row in rows]
+    height = sum(heads) + sum(panels) + len(rows) * FOOT_INCHES + 2 * MARGIN_INCHES
     width = columns * (PANEL_INCHES + GAP_INCHES) - GAP_INCHES + 2 * MARGIN_INCHES
     figure = figures.Figure(figsize=(width, height))
     top = height - MARGIN_INCHES
-    for row, panel in zip(rows, panels, strict=True):
-        top -= HEAD_INCHES
+    for row, head, panel in zip(rows, heads, panels, strict=True):
+        top -= head
         for column, view in enumerate(row):
             own_width, own_height = _inches(view)
             left = MARGIN_INCHES + column * (PANEL_INCHES + GAP_INCHES)
@@ -79,6 +80,11 @@ def _inches(view: View) -> tuple[float, float]:
     return width * scale, height * scale
 
 
+def _head_inches(view: View) -> float:
+    title, subtitle = _words(view)
+    return 0.18 + TITLE_INCHES * len(title) + SUBTITLE_INCHES * len(subtitle)
+
+
 def draw_view(axes: Axes, view: View) -> None:
     """Draw one view into matplotlib axes."""
     image, colors, legend = _image_of(view)
@@ -89,10 +95,9 @@ def draw_view(axes: Axes, view: View) -> None:
     _rule(axes, image.shape)
     title, subtitle = _words(view)
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
-    axes.annotate(subtitle, (0, 1), xytext=(0, 6), color=FAINT, fontsize=8, linespacing=1.35, **above)
-    lines = textwrap.wrap(title, 46)[:3]
-    lift = 10 + 12 * (subtitle.count("\n") + 1)
-    axes.annotate("\n".join(lines), (0, 1), xytext=(0, lift), color=INK, fontsize=9.5, fontfamily="monospace", **above)
+    axes.annotate("\n".join(subtitle), (0, 1), xytext=(0, 6), color=FAINT, fontsize=8, linespacing=1.35, **above)
+    lift = 9 + 72 * SUBTITLE_INCHES * len(subtitle)
+    axes.annotate("\n".join(title), (0, 1), xytext=(0, lift), color=INK, fontsize=9.5, fontfamily="monospace", **above)
     axes.legend(
         handles=[patches.Patch(facecolor=color, edgecolor="none", label=label) for color, label in legend],
         loc="upper left",
@@ -169,21 +174,25 @@ def _shades(number: int) -> list[str]:
     return [rules.to_hex(ramp(place)) for place in np.linspace(0, 1, max(number, 2))[:number]]
 
 
-def _words(view: View) -> tuple[str, str]:
-    """Title and subtitle."""
+def _words(view: View) -> tuple[list[str], list[str]]:
+    """The lines of the title and of the subtitle."""
+    if isinstance(view, TileMap):
+        work = view.work
+        return _wrapped(view.name), [
+            f"rows: query tiles {_times(work.query_tile)}, columns: key tiles {_times(work.key_tile)}",
+            f"{work.visited:,} visits, {work.full:,} of them full; {work.waste:.2f} pairs computed per pair needed",
+        ]
     if isinstance(view, Seen):
-        number, size = int(view.keys.sum()), view.keys.size
-        return view.name, f"query {view.query} sees {number:,} of {size:,} keys ({100 * number / size:.1f} %)"
-    if isinstance(view, Reach):
-        number, size = int((view.layers > 0).sum()), view.layers.size
-        layers = f"{len(view.names)} layers" if len(view.names) > 1 else "1 layer"
-        title = " > ".join(view.names) if len(view.names) <= 4 else f"{view.names[0]} > ... > {view.names[-1]}"
-        return title, f"{layers}: query {view.query} hears of {number:,} of {size:,} keys ({100 * number / size:.1f} %)"
-    work = view.work
-    return view.name, (
-        f"rows: query tiles {_times(work.query_tile)}, columns: key tiles {_times(work.key_tile)}\n"
-        f"{work.visited:,} visits, {work.full:,} of them full; {work.waste:.2f} pairs computed per pair needed"
-    )
+        number, size, verb, name = int(view.keys.sum()), view.keys.size, "sees", view.name
+    else:
+        number, size, verb = int((view.layers > 0).sum()), view.layers.size, "hears of"
+        name = " > ".join(view.names if len(view.names) <= MOST_NAMES else (*view.names[:2], "...", view.names[-1]))
+    place = ", ".join(map(str, view.query))
+    return _wrapped(name), [f"query ({place}) {verb} {number:,} of {size:,} keys, {100 * number / size:.1f} %"]
+
+
+def _wrapped(title: str) -> list[str]:
+    return textwrap.wrap(title, 46, max_lines=3, placeholder=" ...")
 
 
 def _times(sizes: Sequence[int]) -> str:

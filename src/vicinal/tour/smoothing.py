@@ -28,7 +28,7 @@ another photograph (scikit-image's `chelsea`)."""
 
 PATTERNS: tuple[Pattern, ...] = (
     Near(7),
-    Near(21),
+    Near(15),
     Near(7, dilation=3),
     Window(7),
     Halo(8, 4),
@@ -139,9 +139,7 @@ def smooth(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern:
     return out[0, ..., 0, :]
 
 
-def _call(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern
-) -> Callable[[], torch.Tensor]:
+def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern) -> Callable[[], torch.Tensor]:
     return lambda: smooth(query, key, value, pattern)
 
 

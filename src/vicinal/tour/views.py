@@ -178,9 +178,7 @@ def tile_maps(
     for name, group in zip(group_names(pattern, len(table.groups)), table.groups, strict=True):
         for number, member in enumerate(group.members):
             part = f", member {number}" if len(group.members) > 1 else ""
-            axes = tuple(
-                classify(cut(axis, queries[place]), keys[place]) for place, axis in enumerate(member)
-            )
+            axes = tuple(classify(cut(axis, queries[place]), keys[place]) for place, axis in enumerate(member))
             maps.append(TileMap(f"{name}{part}", axes, visits(member, queries, keys)))
     return maps
 

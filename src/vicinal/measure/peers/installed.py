@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,13 @@ from vicinal.pattern import Near
 
 
 def _import(package: str, module: str) -> Any:
+    """Another package's module; the run goes on without it where it is missing or does not suit this torch."""
+    if importlib.util.find_spec(package) is None:
+        raise NotRun(f"{package} is not installed")
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise NotRun(f"{package} is not installed: {error}") from error
+    except (ImportError, RuntimeError) as error:
+        raise NotRun(f"{package} cannot be imported: {str(error).splitlines()[0]}") from error
 
 
 def _packed_windows(task: Task, size: int, shift: int) -> Layout:
@@ -55,41 +59,61 @@ class _Slice(nn.Module):
 
 
 def timm_window(task: Task) -> list[Prepared]:
-    """The `WindowAttention` of timm without projections, its position bias zero, on windows that are cut already."""
+    """The `WindowAttention` of timm without projections, its position bias zero, on windows that are cut already.
+
+    Both its default and its fused form, which it counts as experimental.
+    """
     size, shift = square_window(task)
     swin = _import("timm", "timm.models.swin_transformer")
     problem = task.problem
-    module = swin.WindowAttention(problem.heads * problem.head_dim, num_heads=problem.heads, window_size=size)
-    module.qkv, module.proj = nn.Identity(), nn.Identity()
-    nn.init.zeros_(module.relative_position_bias_table)
-    module = module.requires_grad_(False).eval().to(task.device, task.dtype)
     mask = shift_mask(problem.grid, size, shift, -100.0)  # timm's own "hidden"
     if mask is not None:
         mask = mask.to(task.device, task.dtype)
     layout = _packed_windows(task, size, shift)
-    return [Prepared(lambda packed: module(packed, mask), layout, importlib.metadata.version("timm"))]
+    version = importlib.metadata.version("timm")
+    candidates = []
+    for is_fused in (False, True):
+        module = swin.WindowAttention(problem.heads * problem.head_dim, num_heads=problem.heads, window_size=size)
+        module.qkv, module.proj, module.fused_attn = nn.Identity(), nn.Identity(), is_fused
+        module = _frozen(module, task)
+
+        def call(packed: torch.Tensor, module: nn.Module = module) -> torch.Tensor:
+            out: torch.Tensor = module(packed, mask)
+            return out
+
+        candidates.append(Prepared(call, layout, f"{version}, fused" if is_fused else version))
+    return candidates
 
 
 def transformers_window(task: Task) -> list[Prepared]:
-    """The `SwinSelfAttention` of transformers without projections, its bias zero, on windows that are cut already."""
+    """The `SwinAttention` of transformers 5 without projections, its bias zero, on windows that are cut already."""
     size, shift = square_window(task)
     swin = _import("transformers", "transformers.models.swin.modeling_swin")
+    version = importlib.metadata.version("transformers")
+    if int(version.partition(".")[0]) < 5:
+        raise NotRun(f"written for transformers 5, {version} is installed")
     problem = task.problem
     channels = problem.heads * problem.head_dim
-    config = swin.SwinConfig(attention_probs_dropout_prob=0.0)
-    module = swin.SwinSelfAttention(config, channels, problem.heads, size)
-    module.query, module.key, module.value = (_Slice(part * channels, channels) for part in range(3))
-    nn.init.zeros_(module.relative_position_bias_table)
-    module = module.requires_grad_(False).eval().to(task.device, task.dtype)
     mask = shift_mask(problem.grid, size, shift, -100.0)
     if mask is not None:
         mask = mask.to(task.device, task.dtype)
+    module = swin.SwinAttention(swin.SwinConfig(attn_implementation="sdpa"), channels, problem.heads, size)
+    module.q_proj, module.k_proj, module.v_proj = (_Slice(part * channels, channels) for part in range(3))
+    module.o_proj = nn.Identity()
+    module = _frozen(module, task)
 
     def call(packed: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = module(packed, mask)[0]
         return out
 
-    return [Prepared(call, _packed_windows(task, size, shift), importlib.metadata.version("transformers"))]
+    return [Prepared(call, _packed_windows(task, size, shift), f"{version}, sdpa")]
+
+
+def _frozen(module: nn.Module, task: Task) -> nn.Module:
+    """The module for inference, its remaining parameters (the position bias) zero."""
+    for parameter in module.requires_grad_(False).parameters():
+        parameter.zero_()
+    return module.eval().to(task.device, task.dtype)
 
 
 def natten(task: Task) -> list[Prepared]:

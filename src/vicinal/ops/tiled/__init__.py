@@ -11,8 +11,9 @@ from typing import Any
 
 from vicinal.ops.backend import Backend, Capability, Problem, register
 from vicinal.ops.packing import Layout, pack_tables
-from vicinal.ops.tiled.backward import backward
-from vicinal.ops.tiled.forward import differentiable, forward
+from vicinal.ops.tiled.backward import backward as run_backward
+from vicinal.ops.tiled.forward import differentiable
+from vicinal.ops.tiled.forward import forward as run_forward
 from vicinal.ops.tiled.plan import TileSet, plan_row
 
 
@@ -44,8 +45,8 @@ register(
     Backend(
         name="tiled",
         capability=Capability(),
-        forward=forward,
-        backward=backward,
+        forward=run_forward,
+        backward=run_backward,
         differentiable=differentiable,
         describe=_describe,
     )

@@ -135,7 +135,7 @@ class TileSet:
                 query_index = (query_rows + number * sample_tokens[0]).reshape(-1, self.queries)
                 key_index = (key_rows + number * sample_tokens[1]).reshape(-1, self.keys)
                 with ordinary_tensors():
-                    yield Chunk(
+                    chunk = Chunk(
                         samples=slice(begin, begin + len(number)),
                         tiles=len(tiles),
                         query_index=torch.from_numpy(query_index).to(device),
@@ -145,6 +145,7 @@ class TileSet:
                         which=None if len(shapes) == 1 else _repeated(which.reshape(-1), len(number), device),
                         masks={},
                     )
+                yield chunk  # outside: the caller's modes are its own again
 
     def whole(self, samples: int, device: torch.device) -> Chunk:
         """All tiles of all samples in one chunk, in torch operations: `samples` may be symbolic."""
