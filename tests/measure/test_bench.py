@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from vicinal.measure import bench, command, growth, machine
+from vicinal.measure import bench, command, growth, machine, timing
 from vicinal.measure.peers import PEERS
 from vicinal.measure.problems import GROUPS, PROBLEMS, Problem, find
 from vicinal.measure.progress import Lines, summary
 from vicinal.measure.report import Report, not_timed, table, wrong
-from vicinal.measure.task import NotRun, Prepared
+from vicinal.measure.task import Prepared
 from vicinal.pattern import Near
 
 TINY = Problem("tiny", (Near(3), Near(3)), (8, 8), 2, 8)
@@ -33,13 +33,13 @@ def test_a_run_times_gates_and_saves(tmp_path):
         ours, halo = row.entry("tiled"), row.entry("halo_bmm")
         assert ours is not None
         assert halo is not None
-        assert halo.detail == "4x4" or halo.detail == "8x8"
+        assert halo.detail in ("4x4", "8x8")
         assert ours.error <= 1
         assert 0 < ours.best_ms <= ours.quartiles_ms[0] <= ours.median_ms <= ours.quartiles_ms[1] <= ours.worst_ms
         assert row.over_halo("tiled") == min(row.speedups["tiled"][name] for name in ("halo_bmm", "halo_sdpa"))
         assert "tiled" in summary(row)
     pairs = 64 * 9 * 2
-    assert report.rows[0].gflop == pytest.approx(4 * 8 * pairs / 1e9, abs=1e-4)
+    assert [row.flops for row in report.rows] == [4 * 8 * pairs, 14 * 8 * pairs]
     assert Report.load(path) == report
     assert any(line.startswith("natten: not run") for line in not_timed(report))
     assert not wrong(report)
@@ -64,26 +64,29 @@ def test_our_own_wrong_answer_is_told_apart(monkeypatch):
     settings = bench.Settings((TINY,), peers=(), backwards=(False,), seconds=0.05)
     report = bench.run(settings, None, Lines())
     assert len(wrong(report)) == 1
-    assert "off" in wrong(report)[0] or "error" in wrong(report)[0]
+    assert "tiled on tiny, float32 forward: wrong: output" in wrong(report)[0]
 
 
 def test_of_several_candidates_the_fastest_is_reported(monkeypatch):
-    slow = torch.randn(400, 400)
+    took = {"seconds": 1e-3}
+    monkeypatch.setattr(timing._Clock, "seconds", lambda self, call: (call(), took["seconds"])[1])
 
     def two(task):
         (right,) = bench.contenders(("tiled",), ())["tiled"](task)
 
-        def late(query, key, value):
-            for _ in range(50):
-                slow @ slow
-            return right.call(query, key, value)
+        def candidate(seconds):
+            def call(query, key, value):
+                took["seconds"] = seconds
+                return right.call(query, key, value)
 
-        return [Prepared(late, detail="late"), Prepared(right.call, detail="early")]
+            return Prepared(call, detail=f"{seconds}")
+
+        return [candidate(0.3), candidate(0.1), candidate(0.2)]
 
     monkeypatch.setitem(PEERS, "two", two)
     settings = bench.Settings((TINY,), peers=("two",), backwards=(False,), seconds=0.1)
     (row,) = bench.run(settings, None, Lines()).rows
-    assert row.entry("two").detail == "early"
+    assert (row.entry("two").detail, row.entry("two").median_ms) == ("0.1", 100.0)
 
 
 def test_a_refused_back_end_says_why(monkeypatch):
@@ -135,7 +138,7 @@ def test_the_machine_is_described_without_names_or_paths():
     import socket
 
     text = json.dumps(machine.describe())
-    assert "/" not in text.replace("", "")
+    assert "/" not in text
     assert socket.gethostname() not in text
     assert f'"{getpass.getuser()}"' not in text
 
@@ -152,10 +155,12 @@ def test_peaks_name_the_library():
 def test_growth_measures_and_draws(tmp_path, monkeypatch):
     sizes = (Problem("a", TINY.pattern, (8, 8), 1, 8), Problem("b", TINY.pattern, (16, 16), 1, 8))
     monkeypatch.setattr(growth, "CURVES", {"tokens": sizes})
-    monkeypatch.setattr(growth.memory, "peak", lambda problem, *_, **__: growth.memory.Peak(0, problem.tokens, 0))
+    monkeypatch.setattr(
+        growth.memory, "peak", lambda problem, *_, **__: growth.memory.Peak(0, problem.tokens * 10**6, 0)
+    )
     found = growth.measure("tiled", backward=False, seconds=0.05, say=lambda text: None)
     assert [point["size"] for point in found["curves"]["tokens"]["points"]] == [64, 256]
-    assert found["curves"]["tokens"]["memory_exponent"] == 1.0 or True
+    assert found["curves"]["tokens"]["memory_exponent"] == 1.0
     growth.save(found, tmp_path / "growth.json")
     growth.plot(found, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
@@ -166,10 +171,5 @@ def test_growth_varies_one_thing_at_a_time():
         sizes = [growth._SIZES[name](problem) for problem in problems]
         assert sizes == sorted(set(sizes))
         for other, size in growth._SIZES.items():
-            if other not in (name, "window" if name == "tokens" else name):
+            if other != name:
                 assert len({size(problem) for problem in problems}) == 1, (name, other)
-
-
-def test_not_run_is_no_failure():
-    with pytest.raises(NotRun):
-        raise NotRun("too large")

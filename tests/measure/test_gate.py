@@ -21,10 +21,10 @@ def answer(task: Task) -> tuple[torch.Tensor, ...]:
 
 
 @whole_and_sampled
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_right_answer_passes(most, dtype, monkeypatch):
     monkeypatch.setattr(gates, "MOST_SCORES", most)
-    task = Task(PROBLEM, torch.float32, backward=True) if dtype == torch.float64 else Task(PROBLEM, dtype, backward=True)
+    task = Task(PROBLEM, dtype, backward=True)
     verdict = Gate(task).check(answer(task))
     assert verdict.is_right, verdict.reason
     assert set(verdict.errors) == {"output", "gradient of query", "gradient of key", "gradient of value"}
@@ -53,7 +53,7 @@ def test_each_result_is_looked_at(most, place, monkeypatch):
 
 def test_one_wrong_query_in_a_corner_is_found():
     task = Task(PROBLEM, torch.bfloat16)
-    (out,) = (vicinal.attention(task.query, task.key, task.value, PROBLEM.pattern).clone(),)
+    out = vicinal.attention(task.query, task.key, task.value, PROBLEM.pattern)
     out[1, -1, -1, 1] += 0.5
     assert not Gate(task).check((out,)).is_right
 

@@ -57,10 +57,6 @@ def test_halo_tiles_are_those_that_divide_the_grid():
     assert [prepared.detail for prepared in PEERS["halo_bmm"](task)] == ["4x4", "7x7", "8x8"]
 
 
-class _Wrapped(Near):
-    """For the message only."""
-
-
 @pytest.mark.parametrize(
     ("name", "kind", "grid", "because"),
     [

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import gc
-import time
+import itertools
+from collections.abc import Callable
 
 import pytest
 
-from vicinal.measure import Timing, compare
+from vicinal.measure import Timing, compare, timing
+
+
+@pytest.fixture
+def takes(monkeypatch) -> Callable[[float], Callable[[], float]]:
+    """Calls that say how many seconds they take, on a clock that believes them."""
+    monkeypatch.setattr(timing._Clock, "seconds", lambda self, call: call())
+    return lambda seconds: lambda: seconds
 
 
 def test_calls_take_turns():
@@ -17,18 +25,29 @@ def test_calls_take_turns():
     assert [timing.rounds for timing in timings.values()] == [4, 4]
 
 
-def test_a_slow_call_is_slower_and_takes_part_in_fewer_rounds():
-    timings = compare({"slow": lambda: time.sleep(0.05), "fast": lambda: None}, seconds=0.4)
-    assert timings["slow"].median_ms >= 50
-    assert timings["fast"].speedup_over(timings["slow"]) > 10
-    assert 3 <= timings["slow"].rounds < timings["fast"].rounds
-    assert timings["slow"].samples_ms.keys() <= timings["fast"].samples_ms.keys()
+def test_slow_calls_take_part_in_fewer_rounds_spread_over_all(takes):
+    timings = compare({"slow": takes(0.05), "fast": takes(1e-4)}, seconds=1.0)
+    assert (timings["slow"].median_ms, timings["fast"].median_ms) == (50.0, 0.1)
+    assert timings["fast"].samples_ms.keys() == set(range(40))
+    rounds = list(timings["slow"].samples_ms)
+    assert 15 <= len(rounds) <= 20
+    assert {later - earlier for earlier, later in itertools.pairwise(rounds)} <= {2, 3}
+    assert timings["fast"].speedup_over(timings["slow"]) == pytest.approx(500)
 
 
-def test_total_time_is_bounded():
-    begin = time.perf_counter()
-    compare({str(number): lambda: time.sleep(0.01) for number in range(4)}, seconds=0.3)
-    assert time.perf_counter() - begin < 5  # generous: the machine may be busy
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 8.0])
+@pytest.mark.parametrize("many", [1, 3, 10])
+def test_total_time_is_bounded(seconds, many, takes):
+    each = {f"{took} {number}": took for number in range(many) for took in (1e-5, 1e-3, 0.02, 0.1)}
+    timings = compare({name: takes(took) for name, took in each.items()}, seconds=seconds)
+    least = sum(took * timing.LEAST_ROUNDS for took in each.values() if took * timing.LEAST_ROUNDS < 2 * seconds)
+    repeats = {name: max(1, timing.SLICE_SECONDS / took) for name, took in each.items()}
+    total = sum(timings[name].rounds * repeats[name] * took for name, took in each.items())
+    assert total <= 1.2 * max(seconds, least) + sum(each.values())
+
+
+def test_a_call_beyond_all_bounds_runs_once(takes):
+    assert compare({"endless": takes(100.0), "fast": takes(1e-4)}, seconds=1.0)["endless"].rounds == 1
 
 
 def test_garbage_collection_is_off_while_timing_and_comes_back():
@@ -47,7 +66,7 @@ def test_garbage_collection_is_off_while_timing_and_comes_back():
 
 
 def test_speedup_compares_rounds_pair_by_pair():
-    # the machine was ten times slower in rounds 2 and 3, and only one of the two took part in both
+    # the machine was ten times slower in rounds 2 and 3, and only one of the two took part in all
     ours, theirs = Timing({0: 1.0, 1: 1.0, 2: 10.0, 3: 10.0}), Timing({1: 3.0, 3: 30.0})
     assert ours.speedup_over(theirs) == 3.0
     assert theirs.speedup_over(ours) == pytest.approx(1 / 3)

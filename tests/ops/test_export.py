@@ -61,38 +61,47 @@ def operators(program: ExportedProgram) -> set[str]:
     return {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])
-@by_problem
-def test_exported_program_gives_the_same_numbers_for_any_batch(problem: Problem, strict: bool) -> None:
-    module, program = exported(problem, strict=strict)
+def assert_same_for_any_batch(problem: Problem, module: Call, program: ExportedProgram) -> None:
+    runnable = program.module()
     for batch in (1, 2, 5):
         given = inputs(problem, batch)
-        found, wanted = flat(program.module()(given)), flat(module(given))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(flat(runnable(given)), flat(module(given)), rtol=1e-5, atol=1e-5)
 
 
 @by_problem
-def test_nonstrict_export_of_the_portable_back_end_holds_only_aten_operations(problem: Problem) -> None:
-    if problem.grids is not None or problem.extra_lengths is not None:
-        pytest.skip("sizes that differ from sample to sample need the operator itself")
-    _, program = exported(problem, strict=False, backend="tiled")
-    assert operators(program) == {"aten"}
+def test_strict_export_gives_the_same_numbers_for_any_batch(problem: Problem) -> None:
+    module, program = exported(problem, strict=True)
+    assert "vicinal" in operators(program)
+    assert_same_for_any_batch(problem, module, program)
+
+
+@by_problem
+def test_nonstrict_export_of_the_portable_back_end_is_plain_aten_with_the_same_numbers(problem: Problem) -> None:
+    module, program = exported(problem, strict=False, backend="tiled")
+    assert_same_for_any_batch(problem, module, program)
+    if problem.grids is None and problem.extra_lengths is None:
+        assert operators(program) == {"aten"}
+    else:  # sizes that differ from sample to sample are only known to the operator
+        assert operators(program) == {"aten", "vicinal"}
+
+
+# torch 2.13 decomposes with a helper that it has itself deprecated
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+def test_nonstrict_export_decomposes_to_core_aten() -> None:
+    problem = SAMPLE[0]
+    module, program = exported(problem, strict=False, backend="tiled")
     decomposed = program.run_decompositions()
     assert operators(decomposed) == {"aten"}
-
-
-def test_strict_export_holds_the_operator() -> None:
-    _, program = exported(SAMPLE[0], strict=True)
-    assert "vicinal" in operators(program)
+    assert_same_for_any_batch(problem, module, decomposed)
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])
 def test_exported_program_survives_saving_and_loading(strict: bool) -> None:
-    module, program = exported(SAMPLE[3], strict=strict)
+    module, program = exported(SAMPLE[0], strict=strict)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    loaded, given = torch.export.load(file), inputs(SAMPLE[3], 3)
+    loaded, given = torch.export.load(file), inputs(SAMPLE[0], 3)
     torch.testing.assert_close(flat(loaded.module()(given)), flat(module(given)), rtol=1e-5, atol=1e-5)
 
 

@@ -113,7 +113,7 @@ def measure(task: Task, gate: Gate, settings: Settings, peaks: dict[str, Any], p
         size=task.problem.size,
         dtype=dtype,
         direction=task.direction,
-        gflop=round(flops / 1e9, 4),
+        flops=flops,
         entries=tuple({**entries, **turned_away}.values()),
         speedups={
             name: {other: round(timings[name].speedup_over(timings[other]), 3) for other in timings if other != name}

@@ -18,7 +18,7 @@ from vicinal.measure.bench import contenders
 from vicinal.measure.problems import Problem
 from vicinal.measure.task import Task
 from vicinal.measure.timing import compare
-from vicinal.pattern import Near
+from vicinal.pattern import Near, count
 
 
 def _map(side: int = 64, kernel_size: int = 7, heads: int = 4, batch: int = 1) -> Problem:
@@ -36,7 +36,7 @@ CURVES: dict[str, tuple[Problem, ...]] = {
 
 _SIZES: dict[str, Callable[[Problem], int]] = {
     "tokens": lambda problem: problem.tokens,
-    "window": lambda problem: problem.flops(backward=False) // (4 * problem.tokens * problem.heads * problem.head_dim),
+    "window": lambda problem: count(problem.pattern, problem.grid) // problem.tokens,
     "heads": lambda problem: problem.heads,
     "batch": lambda problem: problem.batch,
 }

@@ -41,7 +41,7 @@ class Row:
     size: str
     dtype: str
     direction: str
-    gflop: float
+    flops: int
     entries: tuple[Entry, ...]
     speedups: dict[str, dict[str, float]]
 
@@ -81,9 +81,7 @@ class Report:
     def load(path: pathlib.Path) -> Report:
         """Read what `save` wrote."""
         found = json.loads(path.read_text())
-        rows = [
-            Row(**{**row, "entries": tuple(Entry(**entry) for entry in row["entries"])}) for row in found.pop("rows")
-        ]
+        rows = [Row(**{**row, "entries": tuple(map(_entry, row["entries"]))}) for row in found.pop("rows")]
         return Report(**found, rows=rows)
 
     def select(self, dtype: str, direction: str) -> list[Row]:
@@ -93,6 +91,12 @@ class Report:
     def kinds(self) -> list[tuple[str, str]]:
         """Which dtypes and directions there are, in the order they were measured."""
         return list(dict.fromkeys((row.dtype, row.direction) for row in self.rows))
+
+
+def _entry(found: dict[str, Any]) -> Entry:
+    """An entry from JSON, which knows lists only."""
+    quartiles = found["quartiles_ms"]
+    return Entry(**{**found, "quartiles_ms": None if quartiles is None else tuple(quartiles)})
 
 
 def milliseconds(value: float | None) -> str:

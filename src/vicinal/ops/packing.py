@@ -29,7 +29,9 @@ HEADER = 4
 @contextlib.contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """Tensors made here are ordinary ones, whatever tracer, fake mode or inference mode is on, so they can be kept."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    no_dispatch, no_functions = torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction()
+    # export would write the switching of gradients down as an operation of the program
+    with no_dispatch, no_functions, torch.inference_mode(False), torch.no_grad():
         yield
 
 

@@ -76,7 +76,7 @@ def _figures(contents: Contents) -> str:
 
 
 def _gallery(photo: str) -> str:
-    parts = []
+    parts: list[str] = []
     for section in gallery.SECTIONS:
         cards = "\n".join(
             _card(panel, photo, f"seen{len(parts)}-{number}") for number, panel in enumerate(section.panels)
