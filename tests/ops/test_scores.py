@@ -244,6 +244,7 @@ WEIGHTS = torch.zeros(2, 5, 6, 4, 9)
 EXTRA = torch.zeros(2, 3, 4, 8)
 
 
+@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -257,12 +258,12 @@ EXTRA = torch.zeros(2, 3, 4, 8)
         ({"scale": float("nan")}, r"scale must be None or a finite number, got nan"),
     ],
 )
-def test_scores_refuse_what_does_not_fit(given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vicinal.ops.scores._pieces", None)  # nothing is computed before everything is checked
+def test_scores_refuse_what_does_not_fit(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vicinal.attention_scores(**{"query": Q, "key": Q, "pattern": Near(3), **given})
 
 
+@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(
     ("given", "message"),
     [

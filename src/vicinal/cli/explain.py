@@ -11,7 +11,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import FakeTensorMode
 
 from vicinal.cli.terminal import console
 from vicinal.ops import Explanation, explain

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from vicinal.cli.terminal import console
-from vicinal.pattern import parse
+from vicinal.pattern import Pattern, parse
 from vicinal.pattern.draw import QUERY, SEEN, UNSEEN
 from vicinal.pattern.numbers import as_grid
 from vicinal.tour.views import Reach, Seen, TileMap, reach, seen, tile_maps
@@ -72,15 +72,21 @@ def views_of(options: argparse.Namespace) -> list[Seen | Reach | TileMap]:
     return views
 
 
-def _checked_tiles(options: argparse.Namespace, pattern: object) -> list[TileMap]:
-    maps = tile_maps(pattern, options.grid, options.key_grid, query_tile=options.tiles, key_tile=options.key_tile)  # type: ignore[arg-type]
-    for tiles in maps:
-        if math.prod(tiles.shape) > MOST_PLACES:
-            queries, keys = tiles.shape
-            raise ValueError(
-                f"{queries:,} query tiles by {keys:,} key tiles are too many for a picture; choose larger ones"
-            )
-    return maps
+def _checked_tiles(options: argparse.Namespace, pattern: Pattern) -> list[TileMap]:
+    key_grid = options.grid if options.key_grid is None else options.key_grid
+    key_tile = options.tiles if options.key_tile is None else options.key_tile
+    queries, keys = _at_least(options.grid, options.tiles), _at_least(key_grid, key_tile)
+    if queries * keys > MOST_PLACES:
+        raise ValueError(
+            f"{queries:,} query tiles by {keys:,} key tiles are too many for a picture; choose larger ones"
+        )
+    return tile_maps(pattern, options.grid, options.key_grid, query_tile=options.tiles, key_tile=options.key_tile)
+
+
+def _at_least(grid: Sequence[int], tile: Sequence[int]) -> int:
+    """How many tiles a grid has without a dilation; one size stands for all axes."""
+    sizes = list(tile) * len(grid) if len(tile) == 1 else tile
+    return math.prod(-(-length // max(size, 1)) for length, size in zip(grid, sizes, strict=False))
 
 
 def print_view(view: Seen | Reach | TileMap, out: Console) -> None:

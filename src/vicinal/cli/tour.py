@@ -29,7 +29,7 @@ def progress(out: Console) -> Iterator[Announce]:
         yield lambda number, total, title: out.print(f"[{number}/{total}] {title}")
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=out, transient=True) as bar:
+    with Progress(*columns, console=out, transient=True, refresh_per_second=2) as bar:
         task = bar.add_task("the tour", total=None)
         yield lambda number, total, title: bar.update(task, total=total, completed=number - 1, description=title)
 

@@ -186,6 +186,12 @@ def refusals(problem: Problem) -> dict[str, list[str]]:
     }
 
 
+def check_name(name: Any) -> None:
+    """Raise `ValueError` unless `name` is None or the name of a back end, present or planned."""
+    if name is not None and name not in PREFERENCE:
+        raise ValueError(f"backend must be None or one of {', '.join(PREFERENCE)}, got {name!r}")
+
+
 def choose(problem: Problem, name: str | None) -> str:
     """The back end to use: the one asked for, or the first that can.
 
@@ -198,8 +204,7 @@ def choose(problem: Problem, name: str | None) -> str:
             if not reasons[candidate]:
                 return candidate
         raise BackendRefused(f"no back end can take this problem: {_listed(reasons)}")
-    if name not in reasons:
-        raise ValueError(f"backend must be None or one of {', '.join(reasons)}, got {name!r}")
+    check_name(name)
     if reasons[name]:
         raise BackendRefused(f"backend {name!r} cannot take this problem: {_listed({name: reasons[name]})}")
     return name

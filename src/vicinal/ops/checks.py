@@ -49,7 +49,7 @@ def check_same(name: str, tensor: torch.Tensor, query: torch.Tensor, whose: str 
 
 
 def check_qkv(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, rank: int | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rank: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Check query, key and value against each other and return (grid, key_grid).
 
@@ -63,8 +63,6 @@ def check_qkv(
             f"query must have {wanted} axes [batch, *grid, heads, head_dim], got {query.dim()}: {shape_of(query)}"
         )
     for name, tensor in (("key", key), ("value", value)):
-        if tensor is None:
-            continue
         check_tensor(name, tensor)
         check_same(name, tensor, query)
         if tensor.dim() != query.dim():
@@ -74,18 +72,18 @@ def check_qkv(
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have the head_dim of query ({query.shape[-1]}), got {key.shape[-1]}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor is not None and 0 in tensor.shape[1:]:
+        if 0 in tensor.shape[1:]:
             raise ValueError(f"{name} must have no empty axis but the batch, got {shape_of(tensor)}")
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(
             f"key must have a number of heads that divides the query's ({query.shape[-2]}), got {key.shape[-2]}"
         )
-    if value is not None and value.shape[1:-1] != key.shape[1:-1]:
+    if value.shape[1:-1] != key.shape[1:-1]:
         raise ValueError(
             f"value must have the grid and heads of key {tuple(key.shape[1:-1])}, got {tuple(value.shape[1:-1])}"
         )
-    grids = [_grid_of(tensor) for tensor in (query, key, value) if tensor is not None]
-    return grids[0], grids[1]
+    grid, key_grid, _ = (_grid_of(tensor) for tensor in (query, key, value))
+    return grid, key_grid
 
 
 def check_scale(scale: Any, head_dim: int) -> float:
@@ -134,7 +132,7 @@ def check_extra_keys(
     extra_lengths: Any,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor | None,
+    value: torch.Tensor,
 ) -> None:
     """Check extra tokens that every query sees."""
     if (extra_key is None) != (extra_value is None):
@@ -144,10 +142,9 @@ def check_extra_keys(
         if extra_lengths is not None:
             raise ValueError("extra_lengths must be None where extra_key is None")
         return
-    for name, tensor, like in (("extra_key", extra_key, key), ("extra_value", extra_value, value)):
-        if like is not None:
-            check_tokens(name, tensor, like, query)
-    if value is not None and extra_value.shape[1] != extra_key.shape[1]:
+    check_tokens("extra_key", extra_key, key, query)
+    check_tokens("extra_value", extra_value, value, query)
+    if extra_value.shape[1] != extra_key.shape[1]:
         raise ValueError(
             f"extra_value must have as many tokens as extra_key ({extra_key.shape[1]}), got {extra_value.shape[1]}"
         )

@@ -144,15 +144,13 @@ def _neighborhood(
     backend: str | None,
 ) -> Any:
     kernel_size, stride, dilation, is_causal = window
-    return attention(
-        query,
-        key,
-        value,
-        neighborhood(rank, kernel_size, stride, dilation, is_causal),
-        bias=bias,
-        extra_key=additional[0],
-        extra_value=additional[1],
-        scale=scale,
-        return_lse=return_lse,
-        backend=backend,
-    )
+    pattern = neighborhood(rank, kernel_size, stride, dilation, is_causal)
+    extra_key, extra_value = additional
+    options: dict[str, Any] = {"bias": bias, "scale": scale, "return_lse": return_lse, "backend": backend}
+    if extra_key is None and extra_value is None:
+        return attention(query, key, value, pattern, **options)
+    try:
+        return attention(query, key, value, pattern, extra_key=extra_key, extra_value=extra_value, **options)
+    except ValueError as error:  # under the name that the caller used
+        text = str(error).replace("extra_key", "additional_keys").replace("extra_value", "additional_values")
+        raise ValueError(text) from error

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from vicinal.ops.backend import Problem, choose
+from vicinal.ops.backend import Problem, check_name, choose
 from vicinal.ops.operator import library
 from vicinal.ops.packing import Layout, layout_of, layout_of_padded, ordinary_tensors, pack_tables
 from vicinal.pattern.axis import Full
@@ -63,6 +63,7 @@ def _choose(key: Key, problem_sizes: tuple[Any, ...], name: str | None) -> tuple
 @constant
 def chosen(key: Key, problem_sizes: tuple[Any, ...], name: str | None) -> tuple[tuple[int, ...], str]:
     """The packed layout and the name of the back end; raises what the pattern or the choice raises."""
+    check_name(name)  # before anything is looked up by it
     return _choose(key, problem_sizes, name)
 
 

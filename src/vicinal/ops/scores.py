@@ -52,7 +52,7 @@ def attention_scores(
     True
     """
     pattern_key, rank = resolve.key_of(pattern)
-    grid, key_grid = checks.check_qkv(query, key, None, rank)
+    grid, key_grid = checks.check_qkv(query, key, key, rank)
     number = checks.check_scale(scale, query.shape[-1])
     layout = resolve.packed_layout(pattern_key, grid, key_grid, query.shape[-2])
     if extra_key is not None:

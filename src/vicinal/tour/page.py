@@ -141,9 +141,10 @@ def _smoothing_text(smoothing: Smoothing) -> str:
         f"Non-local means, the filter that averages pixels whose surroundings look alike, <em>is</em> attention: query "
         f"and key are the {PATCH} × {PATCH} patch around a pixel, the value is its color, and nothing is learned. Here "
         f"it removes noise (standard deviation {NOISE:.2f} of white) from the photograph at {width} × {height}, under "
-        f"several patterns. The number is the peak signal-to-noise ratio, higher is better. Baselines: the Gaussian "
-        f"blur of the width that suits this very picture best, and for each pattern the plain mean of the same pixels. "
-        f"How sharply patches are told apart was chosen on another photograph, once for all patterns."
+        f"several patterns; windows show their seams. The number is the peak signal-to-noise ratio, higher is "
+        f"better. Baselines: the Gaussian blur of the width that suits this very picture best, and for each pattern "
+        f"the plain mean of the same pixels. How sharply patches are told apart was chosen on another photograph, "
+        f"once for all patterns."
     )
 
 
@@ -178,11 +179,12 @@ def _smoothing_row(result: Smoothed) -> str:
 
 
 def _times_text(machine: Mapping[str, Any]) -> str:
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return (
         "The same call with torch alone: <code>scaled_dot_product_attention</code> over all keys, with the mask that "
         "<code>vicinal.pattern.mask</code> writes out. Both answers were first compared with the definition in "
         "float64 (output, and every gradient where the backward is timed); a wrong one would get no time. Medians of "
-        f"calls that took turns, float32, {machine['threads']} threads of {html.escape(str(machine['cpu']))}."
+        f"calls that took turns, float32, {threads} of {html.escape(str(machine['cpu']))}."
     )
 
 

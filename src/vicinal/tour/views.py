@@ -167,9 +167,9 @@ def tile_maps(
     With a dilation the queries and keys of a tile are neighbors within one residue class, and a query tile is held
     against the key tiles of the class that it sees.
 
-    >>> [tiles] = tile_maps(Near(5), (12,), query_tile=(4,))
+    >>> [tiles] = tile_maps(Near(5), (9,), query_tile=(3,))
     >>> tiles.pairs().tolist(), tiles.work.visited
-    ([[1, 1, 0], [1, 2, 1], [0, 1, 1]], 7)
+    ([[2, 1, 0], [1, 2, 1], [0, 1, 2]], 7)
     """
     table = bounds(pattern, grid, key_grid)
     queries = _tile_sizes("query_tile", query_tile, table.rank)

@@ -93,7 +93,7 @@ def apply(weights: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layo
     """Values summed with the weights of the queries that see them: `[batch, *grid, heads, value_dim]`."""
     shape = (*weights.shape[:-1], value.shape[-1])
     out = weights.new_zeros(shape)
-    if not weights.shape[0]:
+    if not weights.numel():
         return out
     inputs = _bundle(weights, value, value, tables, layout)
     rows = out.view(-1, *shape[-2:])
@@ -115,7 +115,7 @@ def spread(
     """Tensors of the queries summed, with weights, at the keys they see: `[batch, *key_grid, kv_heads, dim]`."""
     batch_size, head_dim = query.shape[0], query.shape[-1]
     out = query.new_zeros(batch_size, *key_grid, kv_heads, head_dim)
-    if not batch_size:
+    if not weights.numel():
         return out
     inputs = _bundle(query, out, out, tables, layout)
     shared = query.shape[-2] // kv_heads
