@@ -318,9 +318,9 @@ def shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def draw(problem: Problem, dtype: torch.dtype) -> Tensors:
+def draw(problem: Problem, dtype: torch.dtype, drawing: int = 0) -> Tensors:
     """Every input, normally distributed; float64 ones are the float32 ones. What must not be read is NaN."""
-    generator = torch.Generator().manual_seed(zlib.crc32(str(problem).encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(str(problem).encode()) + drawing)
     narrow = torch.float32 if dtype == torch.float64 else dtype
     tensors = {
         name: torch.randn(shape, generator=generator).to(narrow).to(dtype) for name, shape in shapes(problem).items()

@@ -44,7 +44,8 @@ def _cells(rows: Sequence[Row], backend: str) -> list[list[str]]:
 def _machine(report: Report) -> str:
     machine = report.machine
     gemm = ", ".join(f"{dtype} GEMM {peak['gflops']:.0f} GFLOP/s" for dtype, peak in report.peaks["gemm"].items())
-    name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    name = machine.get("gpu") or f"{machine['cpu']}, {threads}"
     return f"{name}, {gemm}, torch {machine['torch']}, {report.created[:10]}"
 
 

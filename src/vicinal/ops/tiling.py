@@ -204,12 +204,15 @@ def visits(member: Member, query_tile: Sequence[int], key_tile: Sequence[int]) -
         query_tile=tuple(query_tile),
         key_tile=tuple(key_tile),
         query_tiles=math.prod(axis.num_tiles for axis in tiles),
-        key_tiles=math.prod(
-            axis.shape[1] * min(table.step, table.length) for axis, table in zip(classes, member, strict=True)
-        ),
+        key_tiles=math.prod(_key_tiles(table, size) for table, size in zip(member, key_tile, strict=True)),
         visited=total,
         full=math.prod(int((axis == FULL).sum()) for axis in classes),
         worst=math.prod(int(axis.max()) for axis in visited),
         pairs_computed=total * per_pair,
         pairs_needed=member_pairs(member),
     )
+
+
+def _key_tiles(table: AxisTable, key_tile: int) -> int:
+    """Key tiles of an axis: each residue class is cut by itself, and a class may be shorter than another."""
+    return sum(-(-len(range(residue, table.length, table.step)) // key_tile) for residue in range(table.step))

@@ -211,7 +211,7 @@ def _system_row(row: Row, images: Mapping[str, str]) -> str:
     system, outcome = row.system, row.outcome
     tag = '<span class="tag">re-creation</span>' if system.is_recreation else ""
     what = (
-        f"<td><b>{html.escape(system.name)}</b>{tag} {html.escape(system.purpose)}"
+        f"<td><b>{html.escape(system.name)}</b>{tag}<br>{html.escape(system.purpose)}"
         f"<small>{html.escape(system.paper)}, {html.escape(system.published)}</small>"
     )
     if outcome is None:

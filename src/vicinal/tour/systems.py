@@ -63,7 +63,7 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         name="Faster NA",
-        paper="Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock Level",
+        paper="Faster Neighborhood Attention: Reducing the O(n²) Cost of Self Attention at the Threadblock Level",
         published="NeurIPS 2024",
         purpose="make the operator as cheap as its arithmetic promises",
     ),

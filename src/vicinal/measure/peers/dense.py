@@ -27,7 +27,7 @@ def axis_tables(task: Task) -> tuple[AxisTable, ...]:
 
 def additive(seen: torch.Tensor, task: Task) -> torch.Tensor:
     """A mask as something to add to scores: 0 where seen, -inf elsewhere."""
-    return torch.zeros(seen.shape, dtype=task.dtype).masked_fill(~seen, -torch.inf).to(task.device)
+    return torch.zeros(seen.shape, dtype=task.dtype).masked_fill_(~seen, -torch.inf).to(task.device)
 
 
 def sdpa_mask(task: Task) -> list[Prepared]:
