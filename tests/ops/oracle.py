@@ -41,7 +41,7 @@ class Magnitudes(torch.autograd.Function):
     """The sizes of the terms that attention and its gradients add up, in place of the sums.
 
     A rounding error is a few eps of what was added, not of the result: where everything cancels the result is 0.
-    The relative error of a weight is the absolute error of its score.
+    The relative error of a weight is the absolute error of its score, that of their sum the absolute error of the lse.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class Magnitudes(torch.autograd.Function):
         weights = torch.where(seen, (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp(), 0.0)
         ctx.save_for_backward(query, key, value, weights * (1 + score))
         ctx.scale = abs(scale)
-        lse_size = (weights * score).sum(-1) + lse.abs().masked_fill(lse.isinf(), 0.0)
+        lse_size = (weights * (1 + score)).sum(-1) + lse.abs().masked_fill(lse.isinf(), 0.0)
         return (weights * (1 + score)) @ value.abs(), lse_size
 
     @staticmethod

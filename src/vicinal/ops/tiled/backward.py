@@ -25,7 +25,7 @@ from vicinal.ops.tiled.parts import (
     take_queries,
     tile_inputs,
 )
-from vicinal.ops.tiled.plan import Chunk, RowPlan, TileSet
+from vicinal.ops.tiled.plan import Chunk, MemberPlan, RowPlan, TileSet
 
 
 def backward(
@@ -37,27 +37,20 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """Gradients of everything asked for, chunk by chunk, recomputing the scores."""
-    compute = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
-    grads: list[torch.Tensor | None] = [
-        tensor.new_zeros(tensor.shape, dtype=compute) if tensor is not None and need else None
-        for tensor, need in zip(inputs.tensors(), needs, strict=True)
-    ]
+    totals = _Totals(inputs, needs)
     if inputs.query.shape[0] and (grad_out is not None or grad_lse is not None):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         for samples, plan, extra_length in split(inputs, bounded=True):
             results = (out, grad_out, lse.unsqueeze(-1), None if grad_lse is None else grad_lse.unsqueeze(-1))
-            _backward_samples(inputs, results, grads, samples, plan, extra_length)
-    return tuple(
-        None if grad is None or tensor is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, inputs.tensors(), strict=True)
-    )
+            _backward_samples(inputs, results, totals, samples, plan, extra_length)
+    return totals.finished()
 
 
 def _backward_samples(
     inputs: Inputs,
     results: tuple[torch.Tensor | None, ...],
-    grads: list[torch.Tensor | None],
+    totals: _Totals,
     samples: list[int] | None,
     plan: RowPlan,
     extra_length: int | None,
@@ -68,7 +61,7 @@ def _backward_samples(
         rows = _Rows.of(
             *(None if given is None else as_rows(pick(given, samples, plan.grid), heads) for given in results)
         )
-        sinks = _Sinks.for_part(part, grads)
+        sinks = _Sinks.for_part(part, plan.groups[number], totals.needs)
         for position, member in enumerate(plan.groups[number]):
             mine = part if position == 0 else dataclasses.replace(part, extra_key=None, extra_value=None)
             for tiles, chunk in all_chunks(mine, member):
@@ -81,35 +74,61 @@ def _backward_samples(
         ):
             if sink is not None:
                 width = part.heads if place == 0 else part.kv_heads
-                _add(grads[place], samples, grid, group_heads, sink.view(part.samples, *grid, width, -1))
+                totals.add(place, samples, grid, group_heads, sink.view(part.samples, *grid, width, -1))
         for place, sink in ((4, sinks.extra_key), (5, sinks.extra_value)):
             if sink is not None:
-                _add(grads[place], samples, sink.shape[1:2], kv_heads, sink)
-        bias_grad = grads[3]
-        if sinks.bias is not None and bias_grad is not None:
-            bias_grad[bias_at[number] : bias_at[number + 1]] += sinks.bias.flatten()
+                totals.add(place, samples, sink.shape[1:2], kv_heads, sink)
+        if sinks.bias is not None:
+            totals.add_bias(bias_at[number], sinks.bias.flatten())
 
 
-def _add(
-    whole: torch.Tensor | None,
-    samples: list[int] | None,
-    grid: Sequence[int],
-    heads: slice | list[int],
-    part: torch.Tensor,
-) -> None:
-    """Add the gradient of some samples and heads where it belongs."""
-    assert whole is not None
-    view = whole[(slice(None), *(slice(length) for length in grid))]
-    if isinstance(heads, slice):
-        view = view[..., heads, :]
-    else:
-        part = part.new_zeros(*part.shape[:-2], view.shape[-2], part.shape[-1]).index_add_(
-            -2, torch.tensor(heads, device=part.device), part
+class _Totals:
+    """The gradients of the whole call, in the precision they are summed in."""
+
+    def __init__(self, inputs: Inputs, needs: Sequence[bool]) -> None:
+        self.tensors = inputs.tensors()
+        self.needs = tuple(need and tensor is not None for tensor, need in zip(self.tensors, needs, strict=True))
+        self.compute_dtype = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
+        self._grads: list[torch.Tensor | None] = [None] * len(self.tensors)
+
+    def _grad(self, place: int) -> torch.Tensor:
+        tensor, grad = self.tensors[place], self._grads[place]
+        if grad is None:
+            assert tensor is not None
+            grad = tensor.new_zeros(tensor.shape, dtype=self.compute_dtype)
+            self._grads[place] = grad
+        return grad
+
+    def add(
+        self, place: int, samples: list[int] | None, grid: Sequence[int], heads: slice | list[int], part: torch.Tensor
+    ) -> None:
+        """Add the gradient of some samples, their own grid and some heads where it belongs."""
+        tensor = self.tensors[place]
+        if samples is None and isinstance(heads, slice) and tensor is not None and part.shape == tensor.shape:
+            self._grads[place] = part  # all there is
+            return
+        view = self._grad(place)[(slice(None), *map(slice, grid))]
+        if isinstance(heads, slice):
+            view = view[..., heads, :]
+        else:
+            part = part.new_zeros(*part.shape[:-2], view.shape[-2], part.shape[-1]).index_add_(
+                -2, torch.tensor(heads, device=part.device), part
+            )
+        if samples is None:
+            view += part
+        else:
+            view.index_add_(0, torch.tensor(samples, device=part.device), part)
+
+    def add_bias(self, begin: int, part: torch.Tensor) -> None:
+        """Add the gradient of a group's bias tables."""
+        self._grad(3)[begin : begin + len(part)] += part
+
+    def finished(self) -> Gradients:
+        """All gradients in the precision of their tensors; None where not asked for."""
+        return tuple(
+            self._grad(place).to(tensor.dtype) if need and tensor is not None else None
+            for place, (tensor, need) in enumerate(zip(self.tensors, self.needs, strict=True))
         )
-    if samples is None:
-        view += part
-    else:
-        view.index_add_(0, torch.tensor(samples, device=part.device), part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,16 +169,24 @@ class _Sinks:
     bias: torch.Tensor | None
     extra_key: torch.Tensor | None
     extra_value: torch.Tensor | None
+    queries_come_once: bool
+    keys_come_once: bool
 
     @staticmethod
-    def for_part(part: Part, grads: Sequence[torch.Tensor | None]) -> _Sinks:
+    def for_part(part: Part, members: Sequence[MemberPlan], needs: Sequence[bool]) -> _Sinks:
+        queries_come_once = len(members) == 1
+        keys_come_once = queries_come_once and members[0].keys_come_once
+        once = (queries_come_once, keys_come_once, keys_come_once, False, False, False)
         sources = (part.query, part.key, part.value, part.bias, part.extra_key, part.extra_value)
-        return _Sinks(
-            *(
-                None if grad is None or source is None else source.new_zeros(source.shape, dtype=part.compute_dtype)
-                for grad, source in zip(grads, sources, strict=True)
-            )
-        )
+        sinks: list[torch.Tensor | None] = []
+        for source, need, written in zip(sources, needs, once, strict=True):
+            if source is None or not need:
+                sinks.append(None)
+            else:
+                make = source.new_empty if written else source.new_zeros
+                sinks.append(make(source.shape, dtype=part.compute_dtype))
+        query, key, value, bias, extra_key, extra_value = sinks
+        return _Sinks(query, key, value, bias, extra_key, extra_value, queries_come_once, keys_come_once)
 
 
 def _backward_tiles(part: Part, chunk: Chunk, tiles: TileSet, rows: _Rows, sinks: _Sinks) -> None:
@@ -186,17 +213,33 @@ def _backward_tiles(part: Part, chunk: Chunk, tiles: TileSet, rows: _Rows, sinks
         if sinks.bias is not None:
             _add_bias_gradient(sinks.bias, part, chunk, tiles, grad_scores)
     if sinks.query is not None:
-        sinks.query.index_add_(0, chunk.query_index.reshape(-1), query_rows(grad_query, part).to(part.compute_dtype))
+        rows_of_query = query_rows(grad_query, part).to(part.compute_dtype)
+        _sum(sinks.query, chunk.query_index, rows_of_query, chunk.keep, come_once=sinks.queries_come_once)
     own = tiles.keys
     for sink, extra_sink, grad in (
         (sinks.key, sinks.extra_key, grad_key),
         (sinks.value, sinks.extra_value, grad_value),
     ):
         if sink is not None:
-            sink.index_add_(0, chunk.key_index.reshape(-1), key_rows(grad[:, :, :own]).to(part.compute_dtype))
+            rows_of_key = key_rows(grad[:, :, :own]).to(part.compute_dtype)
+            _sum(sink, chunk.key_index, rows_of_key, None, come_once=sinks.keys_come_once)
         if extra_sink is not None and part.extra_key is not None:
             summed = grad[:, :, own:].unflatten(0, (-1, chunk.tiles)).sum(1, dtype=part.compute_dtype)
             extra_sink[chunk.samples] += summed.transpose(1, 2)
+
+
+def _sum(
+    sink: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, keep: torch.Tensor | None, *, come_once: bool
+) -> None:
+    """Add rows to the rows of `sink` they came from; where every row comes just once, write it."""
+    index = index.reshape(-1)
+    if not come_once:
+        sink.index_add_(0, index, rows)
+        return
+    if keep is not None:
+        keep = keep.reshape(-1)
+        index, rows = index[keep], rows[keep]
+    sink.index_copy_(0, index, rows)
 
 
 def _matmul_backward(
