@@ -7,6 +7,7 @@ import datetime
 import gc
 import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -84,7 +85,7 @@ def run(settings: Settings, path: pathlib.Path | None, progress: Progress) -> Re
 def measure(task: Task, gate: Gate, settings: Settings, peaks: dict[str, Any], progress: Progress) -> Row:
     """One row: prepare, check and time all contenders."""
     turned_away: dict[str, Entry] = {}
-    ready: dict[str, tuple[Prepared, float]] = {}
+    ready: dict[str, _Checked] = {}
     for name, make in contenders(settings.backends, settings.peers).items():
         progress.doing(name)
         is_ours = name in settings.backends
@@ -98,14 +99,14 @@ def measure(task: Task, gate: Gate, settings: Settings, peaks: dict[str, Any], p
             continue
         ready[name] = _fastest(task, found, settings.seconds * TRIAL_SHARE)
     progress.doing("timing")
-    calls = {name: task.runner(prepared) for name, (prepared, _) in ready.items()}
+    calls = {name: task.runner(checked.prepared) for name, checked in ready.items()}
     timings = compare(calls, seconds=settings.seconds, device=task.device)
     flops = task.problem.flops(backward=task.backward)
     dtype = str(task.dtype).removeprefix("torch.")
     gemm = peaks["gemm"][dtype]["gflops"] if peaks else None
     peak_mb = _peaks_of_memory(task, settings, list(ready), progress)
     entries = {
-        name: _entry(name, name in settings.backends, *ready[name], timing, flops, gemm, peak_mb.get(name))
+        name: _entry(name, name in settings.backends, ready[name], timing, flops, gemm, peak_mb.get(name))
         for name, timing in timings.items()
     }
     return Row(
@@ -141,16 +142,26 @@ def _ours(backend: str) -> Callable[[Task], list[Prepared]]:
     return make
 
 
-def _checked(
-    task: Task, gate: Gate, make: Callable[[Task], list[Prepared]]
-) -> tuple[list[tuple[Prepared, float]], str]:
-    """A contender's candidates that are right, each with its error; and what is wrong with the last that is not."""
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A candidate whose answer is right: its error as a share of what is allowed, and how long that answer took."""
+
+    prepared: Prepared
+    error: float
+    seconds: float
+
+
+def _checked(task: Task, gate: Gate, make: Callable[[Task], list[Prepared]]) -> tuple[list[_Checked], str]:
+    """A contender's candidates that are right; and what is wrong with the last that is not."""
     right, reason = [], ""
     try:
         for prepared in make(task):
-            verdict = gate.check(task.answer(prepared))
+            begin = time.perf_counter()
+            answer = task.answer(prepared)
+            seconds = time.perf_counter() - begin
+            verdict = gate.check(answer)
             if verdict.is_right:
-                right.append((prepared, verdict.worst))
+                right.append(_Checked(prepared, verdict.worst, seconds))
             else:
                 reason = f"{prepared.detail} {verdict.reason}".strip()
     except BackendRefused as refusal:
@@ -158,11 +169,13 @@ def _checked(
     return right, reason
 
 
-def _fastest(task: Task, found: list[tuple[Prepared, float]], seconds: float) -> tuple[Prepared, float]:
-    """The fastest of a contender's candidates, each given its best round."""
+def _fastest(task: Task, found: list[_Checked], seconds: float) -> _Checked:
+    """The fastest of a contender's candidates: by its best round in a trial, or where calls are slow, by its check."""
+    if sum(candidate.seconds for candidate in found) > max(10 * seconds, 10.0):
+        return min(found, key=lambda candidate: candidate.seconds)
     if len(found) == 1:
         return found[0]
-    calls = {str(number): task.runner(prepared) for number, (prepared, _) in enumerate(found)}
+    calls = {str(number): task.runner(candidate.prepared) for number, candidate in enumerate(found)}
     trial = compare(calls, seconds=seconds, device=task.device)
     return found[int(min(trial, key=lambda number: trial[number].best_ms))]
 
@@ -170,8 +183,7 @@ def _fastest(task: Task, found: list[tuple[Prepared, float]], seconds: float) ->
 def _entry(
     name: str,
     is_ours: bool,
-    prepared: Prepared,
-    error: float,
+    checked: _Checked,
     timing: Timing,
     flops: int,
     gemm: float | None,
@@ -182,7 +194,7 @@ def _entry(
     return Entry(
         name=name,
         is_ours=is_ours,
-        detail=prepared.detail,
+        detail=checked.prepared.detail,
         median_ms=round(timing.median_ms, 4),
         quartiles_ms=(round(low, 4), round(high, 4)),
         best_ms=round(timing.best_ms, 4),
@@ -190,7 +202,7 @@ def _entry(
         rounds=timing.rounds,
         gflops=round(gflops, 2),
         share_of_gemm=None if gemm is None else round(gflops / gemm, 4),
-        error=round(error, 3),
+        error=round(checked.error, 3),
         peak_mb=peak_mb,
     )
 

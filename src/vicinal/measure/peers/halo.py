@@ -30,8 +30,11 @@ TILES: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 """Tiles tried for each number of axes; those that do not divide the grid are left out."""
 
-MOST_BYTES = 4 << 30
-"""Beyond this the tiles go through in several portions, recomputed in the backward, for the machine has limits."""
+MOST_BYTES, PORTION_BYTES = 2 << 30, 256 << 20
+"""What needs more than the first goes through in portions of the second, recomputed in the backward.
+
+Only the largest problem does, which would not fit otherwise; portions this small are also its fastest.
+"""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -185,4 +188,4 @@ def _portions(task: Task, tiling: Tiling, samples: int) -> int:
     queries = math.prod(tiling.tile)
     per_key = 2 * task.problem.head_dim + (3 if task.backward else 2) * queries
     needed = samples * task.problem.heads * tiling.num_tiles * tiling.num_keys * per_key * task.dtype.itemsize
-    return min(tiling.num_tiles, max(1, math.ceil(needed / MOST_BYTES)))
+    return 1 if needed <= MOST_BYTES else min(tiling.num_tiles, math.ceil(needed / PORTION_BYTES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -56,7 +57,7 @@ def _backward_samples(
     extra_length: int | None,
 ) -> None:
     shared = inputs.query.shape[-2] // inputs.key.shape[-2]
-    bias_at = [0, *torch.tensor(inputs.layout.bias_sizes).cumsum(0).tolist()]
+    bias_at = list(itertools.accumulate(inputs.layout.bias_sizes, initial=0))
     for number, (heads, part) in enumerate(parts(inputs, samples, plan, extra_length)):
         rows = _Rows.of(
             *(None if given is None else as_rows(pick(given, samples, plan.grid), heads) for given in results)

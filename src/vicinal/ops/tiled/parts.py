@@ -51,7 +51,7 @@ class Part:
 
 def as_rows(tensor: torch.Tensor, heads: slice) -> torch.Tensor:
     """`[samples, *grid, heads, dim]` as rows `[samples * tokens, heads * dim]`, of some heads."""
-    part = tensor[..., heads, :]
+    part = tensor if heads.start in (None, 0) and heads.stop in (None, tensor.shape[-2]) else tensor[..., heads, :]
     return part.reshape(-1, part.shape[-2] * part.shape[-1]).contiguous()
 
 
@@ -59,6 +59,8 @@ def take_queries(rows: torch.Tensor, index: torch.Tensor, part: Part) -> torch.T
     """Query-sided rows of some tiles, `[tiles, kv_heads, shared * queries, dim]`."""
     tiles, queries = index.shape
     picked = rows.index_select(0, index.reshape(-1))
+    if part.shared == 1:
+        return picked.view(tiles, queries, part.kv_heads, -1).transpose(1, 2)
     picked = picked.view(tiles, queries, part.kv_heads, part.shared, -1).permute(0, 2, 3, 1, 4)
     return picked.reshape(tiles, part.kv_heads, part.shared * queries, -1)
 
@@ -66,6 +68,8 @@ def take_queries(rows: torch.Tensor, index: torch.Tensor, part: Part) -> torch.T
 def query_rows(tiles: torch.Tensor, part: Part) -> torch.Tensor:
     """The inverse of `take_queries`: `[tiles * queries, heads * dim]`."""
     count, _, rows, dim = tiles.shape
+    if part.shared == 1:
+        return tiles.transpose(1, 2).reshape(count * rows, part.heads * dim)
     queries = rows // part.shared
     back = tiles.view(count, part.kv_heads, part.shared, queries, dim).permute(0, 3, 1, 2, 4)
     return back.reshape(count * queries, part.heads * dim)
@@ -192,7 +196,7 @@ def pick(tensor: torch.Tensor, samples: list[int] | None, grid: tuple[int, ...] 
     """Some samples of a padded tensor `[batch, *grid, ...]`, cut to their own grid."""
     if samples is not None and samples != list(range(tensor.shape[0])):
         tensor = tensor[torch.tensor(samples, device=tensor.device)]
-    if grid is None:
+    if grid is None or tensor.shape[1 : len(grid) + 1] == grid:
         return tensor
     return tensor[(slice(None), *(slice(length) for length in grid))]
 

@@ -20,11 +20,8 @@ from vicinal.pattern.table import AxisTable
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-GATHER_COST = 22.0
-"""Measured: copying one token of a head costs as much as this many scores of the same head dim."""
-
-TILE_COST = 400.0
-"""Measured: what a tile costs whatever its size, in scores."""
+FORWARD_COSTS, BACKWARD_COSTS = (12.0, 300.0), (20.0, 1000.0)
+"""Measured, in units of one score of one head: what a token of a tile costs to move, and what a tile costs besides."""
 
 MOST_MASKED_SCORES = 1 << 22
 """Scores a single tile may have where its mask or its scores are held in memory."""
@@ -280,16 +277,18 @@ class RowPlan:
     groups: tuple[tuple[MemberPlan, ...], ...]
 
 
-def choose_cut(member: Member, *, bounded: bool) -> tuple[AxisTiles, ...]:
+def choose_cut(member: Member, *, bounded: bool, masked: bool = False) -> tuple[AxisTiles, ...]:
     """The cut of every axis with the least modelled cost.
 
-    A tile of Q queries and K keys costs `Q * K` scores, `GATHER_COST` for each token it copies and `TILE_COST`.
-    With `bounded` a tile's scores are held in memory, so only tiles up to `MOST_MASKED_SCORES` are considered.
+    A tile of Q queries and K keys costs `Q * K` scores, something for each token it moves, and something besides.
+    With `bounded` (a backward, or a forward for autograd) a tile's scores are held in memory, and with `masked` its
+    mask is in any case, so only tiles up to `MOST_MASKED_SCORES` are considered.
 
     >>> tiles = choose_cut(bounds(Window(7), (56, 56)).groups[0].members[0], bounded=True)
     >>> [(axis.num_tiles, axis.queries, axis.keys) for axis in tiles]
     [(8, 7, 7), (8, 7, 7)]
     """
+    move, besides = BACKWARD_COSTS if bounded else FORWARD_COSTS
     best: tuple[float, tuple[AxisTiles, ...]] | None = None
     least: tuple[int, tuple[AxisTiles, ...]] | None = None
     for choice in itertools.product(*(_options(table, len(member)) for table in member)):
@@ -297,10 +296,10 @@ def choose_cut(member: Member, *, bounded: bool) -> tuple[AxisTiles, ...]:
         axes = tuple(axis for _, _, axis in choice)
         if least is None or queries * keys < least[0]:
             least = (queries * keys, axes)
-        needs_mask = not all(is_whole for _, is_whole, _ in choice)
+        needs_mask = masked or not all(is_whole for _, is_whole, _ in choice)
         if (bounded or needs_mask) and queries * keys > MOST_MASKED_SCORES:
             continue
-        cost = tiles * (queries * keys + GATHER_COST * (queries + keys) + TILE_COST)
+        cost = tiles * (queries * keys + move * (queries + keys) + besides)
         if best is None or cost < best[0]:
             best = (cost, axes)
     assert least is not None
@@ -347,7 +346,7 @@ def _plan_row(row: bytes, layout: tuple[int, ...], grid: tuple[int, ...], bounde
 
 
 def _plan_member(member: Member, earlier: Sequence[Member], *, bounded: bool, biased: bool) -> MemberPlan:
-    tiles = choose_cut(member, bounded=bounded or bool(earlier))
+    tiles = choose_cut(member, bounded=bounded, masked=bool(earlier))
     sets = tuple(
         TileSet(axes, earlier, takes_bias=biased) for axes in itertools.product(*(buckets(axis) for axis in tiles))
     )
