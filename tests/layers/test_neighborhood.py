@@ -85,7 +85,9 @@ def test_bias_is_found_at_key_minus_query() -> None:
 def test_legacy_padding_equals_padding_the_input_and_cutting_the_output(
     grid: tuple[int, int], kernel_size: Any, dilation: Any
 ) -> None:
-    module = NeighborhoodAttention2D(8, 2, kernel_size, dilation=dilation, rel_pos_bias=True, pad_mode="legacy").double()
+    module = NeighborhoodAttention2D(
+        8, 2, kernel_size, dilation=dilation, rel_pos_bias=True, pad_mode="legacy"
+    ).double()
     plain = NeighborhoodAttention2D(8, 2, kernel_size, dilation=dilation, rel_pos_bias=True).double()
     plain.load_state_dict(module.state_dict())
     inputs = torch.randn(2, *grid, 8, dtype=torch.float64)
@@ -189,7 +191,7 @@ def test_module_prints_what_it_is() -> None:
         ({"kernel_size": (3, 3, 3)}, "kernel_size must be one value or 2 values, got 3"),
         ({"stride": 5}, r"stride must be at most kernel_size \(3\), got 5"),
         ({"proj_drop": 1.5}, "proj_drop must be a probability .* got 1.5"),
-        ({"pad_mode": "zeros"}, "pad_mode must be \"none\" or \"legacy\", got 'zeros'"),
+        ({"pad_mode": "zeros"}, 'pad_mode must be "none" or "legacy", got \'zeros\''),
         ({"qk_scale": "big"}, "qk_scale must be None or a finite number, got 'big'|scale must be None or a finite"),
         ({"backend": "fast"}, "backend must be None or one of .*got 'fast'"),
     ],

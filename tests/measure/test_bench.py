@@ -160,7 +160,7 @@ def test_growth_measures_and_draws(tmp_path, monkeypatch):
     )
     found = growth.measure("tiled", backward=False, seconds=0.05, say=lambda text: None)
     assert [point["size"] for point in found["curves"]["tokens"]["points"]] == [64, 256]
-    assert found["curves"]["tokens"]["memory_exponent"] == 1.0
+    assert found["curves"]["tokens"]["memory"] == pytest.approx({"fixed": 0, "each": 1, "explains": 1})
     growth.save(found, tmp_path / "growth.json")
     growth.plot(found, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000

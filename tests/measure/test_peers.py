@@ -48,6 +48,7 @@ def test_a_halo_variant_in_portions_is_the_same(name, monkeypatch):
     task = Task(SMALL[0], torch.float32, backward=True)
     whole = task.answer(PEERS[name](task)[0])
     monkeypatch.setattr(halo, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(halo, "PORTION_BYTES", 100_000)
     for ours, theirs in zip(task.answer(PEERS[name](task)[0]), whole, strict=True):
         torch.testing.assert_close(ours, theirs)
 

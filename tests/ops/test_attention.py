@@ -1,7 +1,10 @@
-"""Promises of `vicinal.attention` that have a name: views, empty batches, padding, blind queries, the lse."""
+"""Promises of `vicinal.attention` that have a name: views, dtypes, scales, gradients one by one, memory."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vicinal
 from vicinal.ops import backend as backends
-from vicinal.pattern import Bounds, Full, Near, Same, Window, bounds, heads, union
+from vicinal.pattern import Full, Near, Same, Window, heads, union
 
 from .problems import PROBLEMS, SAMPLE, Problem, arguments, draw, draw_grads
 from .tolerance import assert_agrees, judge, run, with_gradients
@@ -72,85 +75,6 @@ def test_attention_takes_one_tensor_as_query_key_and_value(backend: str) -> None
 
 
 @every_backend
-@pytest.mark.parametrize(
-    "features",
-    [
-        {},
-        {"has_bias": True, "heads": 4, "kv_heads": 2},
-        {"extra_tokens": 3, "extra_queries": 2, "extra_lengths": ()},
-        {"grids": (), "has_bias": True},
-    ],
-    ids=["plain", "bias", "extra", "grids"],
-)
-def test_attention_of_an_empty_batch_is_empty_with_zero_gradients(features: dict[str, Any], backend: str) -> None:
-    problem = Problem((5, 6), Near(3), batch=0, value_dim=5, **features)
-    tensors = {name: tensor.requires_grad_() for name, tensor in draw(problem, torch.float32).items()}
-    given = arguments(problem, tensors)
-    given |= {name: torch.zeros(0, dtype=torch.int64) for name in ("extra_lengths",) if name in given}
-    given |= {name: torch.zeros(0, 2, dtype=torch.int64) for name in ("grids",) if name in given}
-    outs, lses = vicinal.attention(**given, return_lse=True, backend=backend)
-    if problem.extra_queries:
-        (outs, extra_out), (lses, extra_lse) = outs, lses
-        assert extra_out.shape == (0, 2, problem.heads, 5)
-        assert extra_lse.shape == (0, 2, problem.heads)
-    assert outs.shape == (0, 5, 6, problem.heads, 5)
-    assert lses.shape == (0, 5, 6, problem.heads)
-    (outs.sum() + lses.sum()).backward()
-    for name, tensor in tensors.items():
-        if name != "extra_query":
-            assert tensor.grad is not None, name
-            assert tensor.grad.shape == tensor.shape
-            assert not tensor.grad.any()
-
-
-@every_backend
-def test_padded_batch_equals_each_sample_on_its_own_grid(backend: str) -> None:
-    own = ((6, 9), (4, 9), (6, 2))
-    problem = Problem((6, 9), heads(Near(3, dilation=2), Window(4, shift=1)), batch=3, grids=own, value_dim=5)
-    tensors = {name: tensor.requires_grad_() for name, tensor in draw(problem, torch.float64).items()}
-    out, lse = vicinal.attention(**arguments(problem, tensors), return_lse=True, backend=backend)
-    weights = draw_grads(problem, {"out": out.detach(), "lse": lse.detach()})
-    grads = torch.autograd.grad((out, lse), list(tensors.values()), (weights["out"], weights["lse"]))
-    for sample, (height, width) in enumerate(own):
-        inside = (slice(sample, sample + 1), slice(height), slice(width))
-        cropped = leaves(*(tensor[inside] for tensor in tensors.values()))
-        wanted, wanted_lse = vicinal.attention(*cropped, problem.pattern, return_lse=True, backend=backend)
-        torch.testing.assert_close(out[inside], wanted)
-        torch.testing.assert_close(lse[inside], wanted_lse)
-        own_weights = (weights["out"][inside], weights["lse"][inside])
-        wanted_grads = torch.autograd.grad((wanted, wanted_lse), cropped, own_weights)
-        for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
-            torch.testing.assert_close(grad[inside], wanted_grad)
-
-
-@every_backend
-def test_padding_holding_nan_gives_zero_minus_infinity_and_zero_gradients(backend: str) -> None:
-    problem = Problem((6, 9), Near(3), batch=2, grids=((4, 9), (6, 2)), extra_tokens=2)
-    results = run(problem, torch.float32, backend)
-    padding = torch.ones(2, 6, 9, dtype=torch.bool)
-    padding[0, :4], padding[1, :, :2] = False, False
-    assert (results["lse"][padding] == -torch.inf).all()
-    for name in ("out", "grad_query", "grad_key", "grad_value"):
-        assert (results[name][padding] == 0).all(), name
-        assert results[name].isfinite().all(), name
-
-
-@every_backend
-def test_extra_tokens_beyond_their_length_are_not_read_and_get_zero_gradients(backend: str) -> None:
-    problem = Problem((7,), Near(3), batch=3, extra_tokens=4, extra_lengths=(4, 0, 1))
-    results = run(problem, torch.float32, backend)
-    for sample, length in enumerate((4, 0, 1)):
-        for name in ("grad_extra_key", "grad_extra_value"):
-            assert (results[name][sample, length:] == 0).all()
-            assert (results[name][sample, :length] != 0).all()
-    without = Problem((7,), Near(3))
-    given = arguments(problem, draw(problem, torch.float32))
-    out = vicinal.attention(**given, backend=backend)[1:2]
-    plain = [given[name][1:2] for name in ("query", "key", "value")]
-    torch.testing.assert_close(out, vicinal.attention(*plain, without.pattern, backend=backend))
-
-
-@every_backend
 def test_scale_of_zero_averages_the_values(backend: str) -> None:
     query, key, value = normal(3, 1, 9, 2, 4).unbind(0)
     out, lse = vicinal.attention(query, key, value, Near(3), scale=0, return_lse=True, backend=backend)
@@ -176,50 +100,6 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(backend: str) -> None:
     ).abs().max() < 1e-5
     grads = torch.autograd.grad(out.sum() + lse.sum(), (query, key, value))
     assert all(grad.isfinite().all() for grad in grads)
-
-
-def half_blind(length: int = 8) -> Bounds:
-    """The first queries of a row see keys, the others none."""
-    return bounds(Near(3), (length,)).shift(0, -length, length + 2)
-
-
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_query_without_keys_gives_zero_minus_infinity_and_zero_gradients(dtype: torch.dtype, backend: str) -> None:
-    table = half_blind()
-    sees = table.groups[0].members[0][0].count > 0
-    assert 0 < sees.sum() < len(sees)
-    blind = torch.from_numpy(~sees)
-    query = normal(2, 8, 2, 4).to(dtype).requires_grad_()
-    key, value = (normal(2, 10, 2, 4).to(dtype).requires_grad_() for _ in range(2))
-    out, lse = vicinal.attention(query, key, value, table, return_lse=True, backend=backend)
-    grads = torch.autograd.grad(
-        (out, lse), (query, key, value), (normal(*out.shape).to(dtype), normal(*lse.shape).to(lse.dtype))
-    )
-    assert (out[:, blind] == 0).all()
-    assert (lse[:, blind] == -torch.inf).all()
-    assert lse[:, ~blind].isfinite().all()
-    assert (grads[0][:, blind] == 0).all()
-    assert (grads[0][:, ~blind] != 0).any()
-    unseen = torch.ones(10, dtype=torch.bool)
-    for first, count in zip(table.groups[0].members[0][0].start, table.groups[0].members[0][0].count, strict=True):
-        unseen[first : first + count] = False
-    assert unseen.any()
-    for grad in grads[1:]:
-        assert (grad[:, unseen] == 0).all()
-        assert grad.isfinite().all()
-
-
-@every_backend
-def test_grid_where_no_query_sees_any_key_gives_zeros(backend: str) -> None:
-    table = bounds(Near(3), (6, 5)).shift(0, 40, 4)
-    query = normal(1, 6, 5, 2, 4).requires_grad_()
-    key, value = (normal(1, 4, 5, 2, 4).requires_grad_() for _ in range(2))
-    out, lse = vicinal.attention(query, key, value, table, return_lse=True, backend=backend)
-    assert not out.any()
-    assert (lse == -torch.inf).all()
-    grads = torch.autograd.grad((out, lse), (query, key, value), (torch.ones_like(out), torch.ones_like(lse)))
-    assert not any(grad.any() for grad in grads)
 
 
 @every_backend
@@ -324,87 +204,6 @@ def test_attention_runs_without_gradients_and_under_checkpointing(backend: str) 
         assert torch.equal(grad, wanted)
 
 
-@every_backend
-def test_sliced_bounds_with_bias_equal_the_rows_of_the_whole(backend: str) -> None:
-    query, key, value = normal(3, 2, 9, 10, 2, 4, dtype=torch.float64).unbind(0)
-    pattern = (Near(3, dilation=2), Window(4, shift=1))
-    bias = normal(2, 5, 7, dtype=torch.float64)
-    whole, lse = vicinal.attention(query, key, value, pattern, bias=bias, return_lse=True, backend=backend)
-    table = bounds(pattern, (9, 10)).slice(0, 2, 7).slice(1, 3, 4)
-    part, part_lse = vicinal.attention(
-        query[:, 2:7, 3:4], key, value, table, bias=bias, return_lse=True, backend=backend
-    )
-    torch.testing.assert_close(part, whole[:, 2:7, 3:4])
-    torch.testing.assert_close(part_lse, lse[:, 2:7, 3:4])
-
-
-@every_backend
-@pytest.mark.parametrize("border", ["shift", "crop", "wrap"])
-def test_halo_rank_with_bias_equals_its_rows_of_the_whole(border: Any, backend: str) -> None:
-    """What a rank of a sharded grid does: its own queries against its own keys and a halo, also around the seam."""
-    query, key, value = normal(3, 1, 16, 3, 2, 4, dtype=torch.float64).unbind(0)
-    pattern = (Near(5, border=border), Near(3))
-    bias = normal(2, 9, 5, dtype=torch.float64)
-    whole = vicinal.attention(query, key, value, pattern, bias=bias, backend=backend)
-    for begin in range(0, 16, 4):
-        reach = [row % 16 for row in range(begin - 2, begin + 6)] if border == "wrap" else range(max(begin - 2, 0), 16)
-        table = bounds(pattern, (16, 3)).slice(0, begin, begin + 4)
-        table = table.shift(0, begin - 2, 8) if border == "wrap" else table.shift(0, reach[0], len(reach))
-        if border == "shift" and begin == 12:  # the last windows are moved inward and reach further
-            continue
-        rows = list(reach)
-        part = vicinal.attention(
-            query[:, begin : begin + 4], key[:, rows], value[:, rows], table, bias=bias, backend=backend
-        )
-        torch.testing.assert_close(part, whole[:, begin : begin + 4])
-
-
-@every_backend
-def test_streamed_keys_equal_the_whole_under_a_causal_pattern(backend: str) -> None:
-    query, key, value = normal(3, 1, 12, 3, 2, 4, dtype=torch.float64).unbind(0)
-    pattern = (Near(4, causal=True), Near(3))
-    whole = vicinal.attention(query, key, value, pattern, backend=backend)
-    for step in range(12):
-        forgotten = max(step - 3, 0)
-        table = bounds(pattern, (12, 3)).slice(0, step, step + 1).shift(0, forgotten, step + 1 - forgotten)
-        kept = slice(forgotten, step + 1)
-        out = vicinal.attention(query[:, step : step + 1], key[:, kept], value[:, kept], table, backend=backend)
-        torch.testing.assert_close(out, whole[:, step : step + 1])
-
-
-@every_backend
-@pytest.mark.parametrize("grid", [(7,), (4, 5), (2, 3, 4)], ids=lambda grid: "x".join(map(str, grid)))
-def test_prefix_tokens_and_grid_together_equal_one_long_sequence(grid: tuple[int, ...], backend: str) -> None:
-    """Class tokens that see and are seen by everything, in front of a grid under full attention."""
-    tokens = torch.Size(grid).numel()
-    query, key, value = normal(3, 2, 3 + tokens, 4, 8, dtype=torch.float64).unbind(0)
-    key, value = key[:, :, :2], value[:, :, :2]
-    wanted, wanted_lse = vicinal.attention(query, key, value, Full(), return_lse=True, backend=backend)
-    (out, extra_out), (lse, extra_lse) = vicinal.attention(
-        *(tensor[:, 3:].unflatten(1, grid) for tensor in (query, key, value)),
-        Full(),
-        extra_key=key[:, :3],
-        extra_value=value[:, :3],
-        extra_query=query[:, :3],
-        return_lse=True,
-        backend=backend,
-    )
-    torch.testing.assert_close(torch.cat([extra_out, out.flatten(1, -3)], 1), wanted)
-    torch.testing.assert_close(torch.cat([extra_lse, lse.flatten(1, -2)], 1), wanted_lse)
-
-
-@every_backend
-@pytest.mark.parametrize("features", [{}, {"grids": ((4, 5), (2, 1))}], ids=["plain", "grids"])
-def test_no_extra_tokens_at_all_changes_nothing(features: dict[str, Any], backend: str) -> None:
-    problem = Problem((4, 5), Near(3), batch=2, **features)
-    tensors = draw(problem, torch.float64)
-    given = arguments(problem, tensors)
-    empty = tensors["key"].new_empty(2, 0, 2, 8)
-    out, extra_out = vicinal.attention(**given, extra_key=empty, extra_value=empty, extra_query=empty, backend=backend)
-    assert extra_out.shape == (2, 0, 2, 8)
-    torch.testing.assert_close(out, vicinal.attention(**given, backend=backend))
-
-
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_tiled_backend_gives_the_same_in_many_small_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small problems fit into one chunk; the loop over chunks and samples must hold for them as well."""
@@ -432,3 +231,87 @@ def test_gradient_reaches_the_bias_of_every_group(backend: str) -> None:
     results = with_gradients(problem, tensors, {"out": out, "lse": lse})
     assert_agrees(results, judge(problem, torch.float64))
     assert all(results[f"grad_bias{group}"].any() for group in range(3))
+
+
+@every_backend
+@pytest.mark.parametrize("problem", [SAMPLE[1], SAMPLE[4]], ids=str)
+def test_defaults_of_torch_change_nothing(problem: Problem, backend: str) -> None:
+    """Neither the default device nor the default dtype may slip into what is made along the way."""
+    tensors = {name: tensor.requires_grad_() for name, tensor in draw(problem, torch.float32).items()}
+    given = arguments(problem, tensors)
+    wanted = flat(vicinal.attention(**given, return_lse=True, backend=backend))
+    weights = [torch.ones_like(tensor) for tensor in wanted]
+    wanted_grads = torch.autograd.grad(wanted, list(tensors.values()), weights)
+    forget_plans()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = flat(vicinal.attention(**given, return_lse=True, backend=backend))
+            grads = torch.autograd.grad(found, list(tensors.values()), weights, retain_graph=True)
+            again = torch.autograd.grad(found, list(tensors.values()), weights, create_graph=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(grads, wanted_grads)
+    torch.testing.assert_close([grad.detach() for grad in again], list(wanted_grads), rtol=1e-4, atol=1e-5)
+
+
+def flat(found: Any) -> list[torch.Tensor]:
+    return [found] if isinstance(found, torch.Tensor) else [tensor for part in found for tensor in flat(part)]
+
+
+def forget_plans() -> None:
+    """Empty what the operator remembers, so that everything is made anew."""
+    from vicinal.ops import resolve
+    from vicinal.ops.tiled import plan
+
+    for module in (resolve, plan):
+        for remembered in vars(module).values():
+            if hasattr(remembered, "cache_clear"):
+                remembered.cache_clear()
+
+
+def test_what_inference_mode_leaves_behind_serves_training() -> None:
+    """Tensors made under inference mode may not be saved for a backward; none of ours may be one."""
+    forget_plans()
+    query, bias = normal(1, 33, 2, 4), normal(2, 9)
+    with torch.inference_mode():
+        vicinal.attention(query, query, query, Near(5), bias=bias)
+        vicinal.attention_scores(query, query, Near(5), bias=bias)
+    query.requires_grad_()
+    out = vicinal.attention(query, query, query, Near(5), bias=bias)
+    out = out.sum() + vicinal.attention_scores(query, query, Near(5), bias=bias).sum()
+    (grad,) = torch.autograd.grad(out, query, create_graph=True)
+    grad.square().sum().backward()
+    assert query.grad is not None
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    forget_plans()
+    judgments = {problem: judge(problem, torch.float32) for problem in SAMPLE}
+
+    def work(problem: Problem) -> None:
+        assert_agrees(run(problem, torch.float32, "tiled"), judgments[problem])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, SAMPLE * 4))
+
+
+MEMORY = """
+import resource, torch, vicinal
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+small = torch.randn(1, 32, 32, 4, 32)
+vicinal.attention(small, small, small, vicinal.Near(13), backend="tiled")
+query, key, value = (torch.randn(1, 512, 512, 4, 32) for _ in range(3))
+before = peak()
+out = vicinal.attention(query, key, value, vicinal.Near(13), backend="tiled")
+print(peak() - before - out.numel() * out.element_size())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the peak is read from the resource module, which Windows lacks")
+def test_tiled_backend_needs_little_memory_beside_inputs_and_output() -> None:
+    """All scores of this problem would take 700 MB, its gathered keys 22 GB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2**30

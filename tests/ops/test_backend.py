@@ -50,7 +50,12 @@ def test_capability_gives_every_reason_at_once() -> None:
 
 
 def test_capability_that_says_nothing_refuses_nothing() -> None:
-    assert Capability().refusals(dataclasses.replace(PROBLEM, **{k: v for f, _ in FEATURES.values() for k, v in f.items()})) == []
+    assert (
+        Capability().refusals(
+            dataclasses.replace(PROBLEM, **{k: v for f, _ in FEATURES.values() for k, v in f.items()})
+        )
+        == []
+    )
 
 
 @pytest.fixture
@@ -109,7 +114,13 @@ def test_named_back_end_that_refuses_raises_with_every_reason(picky: list[str]) 
     query = torch.randn(1, 9, 2, 32)
     with pytest.raises(BackendRefused) as refusal:
         vicinal.attention(query, query, query, heads(Near(3), Full()), bias=(query, query), backend="cpu")
-    for words in ("'cpu' cannot take this problem", "takes float64", "head dims up to 16", "a position bias", "per-head patterns"):
+    for words in (
+        "'cpu' cannot take this problem",
+        "takes float64",
+        "head dims up to 16",
+        "a position bias",
+        "per-head patterns",
+    ):
         assert words in str(refusal.value)
     assert picky == []
 

@@ -40,11 +40,17 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "key-batch": ({"key": Q[:1]}, r"key must have the batch of query \(2\), got 1"),
     "key-dim": ({"key": Q[..., :7]}, r"key must have the head_dim of query \(8\), got 7"),
     "key-heads": ({"key": Q[..., :3, :]}, r"key must have a number of heads that divides the query's \(4\), got 3"),
-    "key-more-heads": ({"query": Q[..., :2, :]}, r"key must have a number of heads that divides the query's \(2\), got 4"),
+    "key-more-heads": (
+        {"query": Q[..., :2, :]},
+        r"key must have a number of heads that divides the query's \(2\), got 4",
+    ),
     "key-empty": ({"key": Q[:, :, :0], "value": Q[:, :, :0]}, "key must have no empty axis but the batch"),
     "value-none": ({"value": None}, "value must be a torch.Tensor, got NoneType"),
     "value-grid": ({"value": Q[:, :5]}, r"value must have the grid and heads of key \(6, 9, 4\), got \(5, 9, 4\)"),
-    "value-heads": ({"value": Q[..., :2, :]}, r"value must have the grid and heads of key \(6, 9, 4\), got \(6, 9, 2\)"),
+    "value-heads": (
+        {"value": Q[..., :2, :]},
+        r"value must have the grid and heads of key \(6, 9, 4\), got \(6, 9, 2\)",
+    ),
     "value-dim": ({"value": Q[..., :0]}, "value must have no empty axis but the batch"),
     "value-dtype": ({"value": Q.half()}, r"value must have the dtype of query \(torch.float32\), got torch.float16"),
     # scale
@@ -59,13 +65,28 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "bias-heads": ({"bias": torch.zeros(1, 5, 5)}, r"bias must have shape \(4, 5, 5\) .*got \(1, 5, 5\)"),
     "bias-dtype": ({"bias": torch.zeros(4, 5, 5).half()}, "bias must be float32 or have the dtype of query"),
     "bias-int": ({"bias": torch.zeros(4, 5, 5).int()}, "bias must be float32, float16"),
-    "bias-device": ({"bias": torch.zeros(4, 5, 5, device="meta")}, r"bias must be on the device of query \(cpu\), got meta"),
+    "bias-device": (
+        {"bias": torch.zeros(4, 5, 5, device="meta")},
+        r"bias must be on the device of query \(cpu\), got meta",
+    ),
     "bias-two-tables": ({"bias": (torch.zeros(4, 5, 5),) * 2}, "bias must be a .*1 tensors?.* got 2"),
-    "bias-union": ({"pattern": union(Near(3), Near(5)), "bias": torch.zeros(4, 5, 5)}, "bias must be None for this pattern: a union"),
+    "bias-union": (
+        {"pattern": union(Near(3), Near(5)), "bias": torch.zeros(4, 5, 5)},
+        "bias must be None for this pattern: a union",
+    ),
     "bias-transposed": ({"pattern": TRANSPOSED, "bias": torch.zeros(4, 5, 5)}, "bias must be None for this pattern"),
-    "bias-one-for-groups": ({"pattern": GROUPS, "bias": torch.zeros(4, 5, 5)}, "bias must be a tuple of 2 tensors, one per group .*got Tensor"),
-    "bias-groups-count": ({"pattern": GROUPS, "bias": (torch.zeros(2, 5, 5),)}, "bias must be a tuple of 2 tensors, one per group of heads, got 1"),
-    "bias-groups-shape": ({"pattern": GROUPS, "bias": (torch.zeros(2, 5, 5), torch.zeros(2, 5, 5))}, r"bias\[1\] must have shape \(2, 11, 17\)"),
+    "bias-one-for-groups": (
+        {"pattern": GROUPS, "bias": torch.zeros(4, 5, 5)},
+        "bias must be a tuple of 2 tensors, one per group .*got Tensor",
+    ),
+    "bias-groups-count": (
+        {"pattern": GROUPS, "bias": (torch.zeros(2, 5, 5),)},
+        "bias must be a tuple of 2 tensors, one per group of heads, got 1",
+    ),
+    "bias-groups-shape": (
+        {"pattern": GROUPS, "bias": (torch.zeros(2, 5, 5), torch.zeros(2, 5, 5))},
+        r"bias\[1\] must have shape \(2, 11, 17\)",
+    ),
     "bias-groups-union": (
         {"pattern": heads(Near(3), union(Near(3), Full())), "bias": (torch.zeros(2, 5, 5), torch.zeros(2, 5, 5))},
         r"bias\[1\] must be None for this pattern: a union",
@@ -75,13 +96,28 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "extra-value-alone": ({"extra_value": EXTRA}, "extra_key must be given too"),
     "extra-key-type": ({"extra_key": 3, "extra_value": EXTRA}, "extra_key must be a torch.Tensor, got int"),
     "extra-key-axes": ({"extra_key": EXTRA[0], "extra_value": EXTRA}, r"extra_key must have shape .*got \(3, 4, 8\)"),
-    "extra-key-batch": ({"extra_key": EXTRA[:1], "extra_value": EXTRA}, r"extra_key must have shape .*got \(1, 3, 4, 8\)"),
-    "extra-key-heads": ({"extra_key": EXTRA[:, :, :2], "extra_value": EXTRA}, r"extra_key must have shape .*got \(2, 3, 2, 8\)"),
-    "extra-value-dim": ({"extra_key": EXTRA, "extra_value": EXTRA[..., :4]}, r"extra_value must have shape .*got \(2, 3, 4, 4\)"),
-    "extra-value-tokens": ({"extra_key": EXTRA, "extra_value": EXTRA[:, :2]}, r"extra_value must have as many tokens as extra_key \(3\), got 2"),
+    "extra-key-batch": (
+        {"extra_key": EXTRA[:1], "extra_value": EXTRA},
+        r"extra_key must have shape .*got \(1, 3, 4, 8\)",
+    ),
+    "extra-key-heads": (
+        {"extra_key": EXTRA[:, :, :2], "extra_value": EXTRA},
+        r"extra_key must have shape .*got \(2, 3, 2, 8\)",
+    ),
+    "extra-value-dim": (
+        {"extra_key": EXTRA, "extra_value": EXTRA[..., :4]},
+        r"extra_value must have shape .*got \(2, 3, 4, 4\)",
+    ),
+    "extra-value-tokens": (
+        {"extra_key": EXTRA, "extra_value": EXTRA[:, :2]},
+        r"extra_value must have as many tokens as extra_key \(3\), got 2",
+    ),
     "extra-key-dtype": ({"extra_key": EXTRA.double(), "extra_value": EXTRA}, "extra_key must have the dtype of query"),
     "lengths-alone": ({"extra_lengths": numbers(1, 2)}, "extra_lengths must be None where extra_key is None"),
-    "lengths-type": ({"extra_key": EXTRA, "extra_value": EXTRA, "extra_lengths": [1, 2]}, "extra_lengths must be an int64 tensor, got list"),
+    "lengths-type": (
+        {"extra_key": EXTRA, "extra_value": EXTRA, "extra_lengths": [1, 2]},
+        "extra_lengths must be an int64 tensor, got list",
+    ),
     "lengths-dtype": (
         {"extra_key": EXTRA, "extra_value": EXTRA, "extra_lengths": numbers(1, 2).int()},
         "extra_lengths must be an int64 tensor, got torch.int32",
@@ -107,13 +143,19 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "grids-type": ({"grids": [[6, 9], [1, 1]]}, "grids must be an int64 tensor, got list"),
     "grids-dtype": ({"grids": numbers((6, 9), (1, 1)).int()}, "grids must be an int64 tensor, got torch.int32"),
     "grids-shape": ({"grids": numbers(6, 9)}, r"grids must have shape \(2, 2\), got \(2,\)"),
-    "grids-too-large": ({"grids": numbers((6, 9), (7, 1))}, r"grids\[1\] must lie between 1 and the padded grid \(6, 9\), got \(7, 1\)"),
+    "grids-too-large": (
+        {"grids": numbers((6, 9), (7, 1))},
+        r"grids\[1\] must lie between 1 and the padded grid \(6, 9\), got \(7, 1\)",
+    ),
     "grids-zero": ({"grids": numbers((6, 0), (1, 1))}, r"grids\[0\] must lie between 1 and .*got \(6, 0\)"),
     "grids-two-grids": (
         {"query": Q[:, :3], "grids": numbers((3, 9), (1, 1))},
         r"grids must be None where the grid \(3, 9\) and the key grid \(6, 9\) differ",
     ),
-    "grids-bounds": ({"pattern": bounds(Near(3), (6, 9)), "grids": numbers((6, 9), (1, 1))}, "grids must be None where pattern is a Bounds"),
+    "grids-bounds": (
+        {"pattern": bounds(Near(3), (6, 9)), "grids": numbers((6, 9), (1, 1))},
+        "grids must be None where pattern is a Bounds",
+    ),
     "grids-kind": (
         {"pattern": Grid(3), "grids": numbers((6, 9), (4, 9))},
         r"grids\[1\] = \(4, 9\) does not suit Grid\(3\): size must divide the axis, 3 does not divide 4",
@@ -130,20 +172,35 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "pattern-mixed": ({"pattern": (Near(3), 5)}, "pattern must be an axis kind"),
     "pattern-none": ({"pattern": None}, "pattern must be an axis kind"),
     "pattern-rank": ({"pattern": (Near(3),) * 3}, r"query must have 6 axes .*got 5"),
-    "pattern-heads": ({"pattern": heads(Near(3), Near(5), Full())}, "pattern: 4 heads do not divide into 3 equal groups"),
-    "pattern-sizes": ({"pattern": heads(Near(3), Full(), sizes=(1, 2))}, r"pattern: heads\(..., sizes=\(1, 2\)\) is for 3 heads, the query has 4"),
+    "pattern-heads": (
+        {"pattern": heads(Near(3), Near(5), Full())},
+        "pattern: 4 heads do not divide into 3 equal groups",
+    ),
+    "pattern-sizes": (
+        {"pattern": heads(Near(3), Full(), sizes=(1, 2))},
+        r"pattern: heads\(..., sizes=\(1, 2\)\) is for 3 heads, the query has 4",
+    ),
     "pattern-grid": ({"pattern": Grid(4)}, r"Grid\(4\) does not fit an axis of length 6: size must divide the axis"),
     "pattern-wrap": ({"pattern": Near(3, dilation=4, border="wrap")}, "does not fit an axis of length 6"),
-    "pattern-two-grids": ({"query": Q[:, :3], "pattern": Window(3)}, r"Window\(3\) does not fit an axis of 3 queries and 6 keys"),
-    "pattern-two-grids-dilated": ({"query": Q[:, :3], "pattern": Near(3, dilation=2)}, "between two grids Near takes dilation 1"),
+    "pattern-two-grids": (
+        {"query": Q[:, :3], "pattern": Window(3)},
+        r"Window\(3\) does not fit an axis of 3 queries and 6 keys",
+    ),
+    "pattern-two-grids-dilated": (
+        {"query": Q[:, :3], "pattern": Near(3, dilation=2)},
+        "between two grids Near takes dilation 1",
+    ),
     "pattern-bounds-grid": ({"pattern": bounds(Near(3), (6, 8))}, r"this Bounds has grid \(6, 8\), got \(6, 9\)"),
-    "pattern-bounds-key-grid": ({"pattern": bounds(Near(3), (6, 9)).shift(0, 0, 5)}, r"this Bounds has key_grid \(5, 9\), got \(6, 9\)"),
+    "pattern-bounds-key-grid": (
+        {"pattern": bounds(Near(3), (6, 9)).shift(0, 0, 5)},
+        r"this Bounds has key_grid \(5, 9\), got \(6, 9\)",
+    ),
     "pattern-bounds-rank": ({"pattern": bounds(Near(3), (9,))}, "query must have 4 axes"),
     # back ends
     "backend-unknown": ({"backend": "fast"}, "backend must be None or one of .*tiled.*, got 'fast'"),
     "backend-number": ({"backend": 3}, "backend must be None or one of .*, got 3"),
     "backend-list": ({"backend": ["tiled"]}, r"backend must be None or one of .*, got \['tiled'\]"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.usefixtures("no_work")
@@ -184,7 +241,10 @@ def test_explain_names_the_same_mistake(mistake: str) -> None:
         ({"additional_keys": EXTRA}, "additional_values must be given too: additional_keys and additional_values"),
         ({"additional_values": EXTRA}, "additional_keys must be given too"),
         ({"additional_keys": EXTRA[:1], "additional_values": EXTRA}, "additional_keys must have shape"),
-        ({"additional_keys": EXTRA, "additional_values": EXTRA[:, :2]}, "additional_values must have as many tokens as"),
+        (
+            {"additional_keys": EXTRA, "additional_values": EXTRA[:, :2]},
+            "additional_values must have as many tokens as",
+        ),
         ({"query": Q[:, 0]}, "query must have 5 axes"),
     ],
 )

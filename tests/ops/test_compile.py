@@ -164,7 +164,9 @@ def test_natten_names_compile(rank: int) -> None:
     function = (vicinal.na1d, vicinal.na2d, vicinal.na3d)[rank - 1]
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extra: torch.Tensor) -> Any:
-        return function(query, key, value, 3, dilation=2, additional_keys=extra, additional_values=extra, return_lse=True)
+        return function(
+            query, key, value, 3, dilation=2, additional_keys=extra, additional_values=extra, return_lse=True
+        )
 
     tensors = [*inputs(1, *(7, 6, 8)[:rank], 2, 8), *inputs(1, 4, 2, 8, number=1)]
     assert_same(whole_graph(call), call, tensors)
@@ -205,7 +207,9 @@ def test_batches_of_two_and_more_share_one_recompilation(problem: Problem, backw
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     for batch in (2, 3, 5, 8, 4):
         tensors = {
-            name: (tensor if name == "bias" else tensor.expand(batch, *tensor.shape[1:]).clone()).requires_grad_(backward)
+            name: (tensor if name == "bias" else tensor.expand(batch, *tensor.shape[1:]).clone()).requires_grad_(
+                backward
+            )
             for name, tensor in draw(problem, torch.float32).items()
         }
         others = {

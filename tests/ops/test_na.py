@@ -62,7 +62,10 @@ PROBLEMS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((10, 8), {"kernel_size": (5, 2), "stride": (5, 2), "is_causal": (False, True)}),
     ((5, 12), {"kernel_size": [5, 6], "stride": 4, "dilation": [1, 2], "is_causal": [True, False]}),
     ((4, 5, 6), {"kernel_size": 2}),
-    ((7, 4, 5), {"kernel_size": (3, 2, 4), "stride": (2, 1, 3), "dilation": (2, 2, 1), "is_causal": (True, False, False)}),
+    (
+        (7, 4, 5),
+        {"kernel_size": (3, 2, 4), "stride": (2, 1, 3), "dilation": (2, 2, 1), "is_causal": (True, False, False)},
+    ),
 ]
 
 
@@ -129,7 +132,9 @@ def test_windows_nattens_functions_refuse_are_ordinary(kernel_size: Any) -> None
 def test_scale_of_zero_is_zero() -> None:
     """`scale or default` would turn it into the default, as NATTEN does."""
     query, key, value = torch.randn(3, 1, 7, 1, 4).unbind(0)
-    torch.testing.assert_close(vicinal.na1d(query, key, value, 7, scale=0.0), value.mean(1, keepdim=True).expand(1, 7, 1, 4))
+    torch.testing.assert_close(
+        vicinal.na1d(query, key, value, 7, scale=0.0), value.mean(1, keepdim=True).expand(1, 7, 1, 4)
+    )
 
 
 def test_kernel_and_stride_that_divide_the_axis_are_windows() -> None:

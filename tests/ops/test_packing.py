@@ -50,7 +50,12 @@ def num_heads(table: Bounds) -> int:
 def assert_same_table(found: AxisTable, wanted: AxisTable) -> None:
     assert (found.start[found.count > 0] == wanted.start[wanted.count > 0]).all()
     assert (found.count == wanted.count).all()
-    assert (found.step, found.length, found.wraps, len(found)) == (wanted.step, wanted.length, wanted.wraps, len(wanted))
+    assert (found.step, found.length, found.wraps, len(found)) == (
+        wanted.step,
+        wanted.length,
+        wanted.wraps,
+        len(wanted),
+    )
     if found.bias_length is not None:
         assert found.bias_length == wanted.bias_length
         assert (found.center == wanted.center).all()
@@ -118,7 +123,9 @@ PADDED: list[tuple[Any, tuple[int, ...], list[list[int]]]] = [
 
 
 @pytest.mark.parametrize(
-    ("pattern", "grid", "grids"), PADDED, ids=lambda value: repr(value).replace(" ", "") if not isinstance(value, list) else ""
+    ("pattern", "grid", "grids"),
+    PADDED,
+    ids=lambda value: repr(value).replace(" ", "") if not isinstance(value, list) else "",
 )
 def test_tables_of_each_sample_are_those_of_its_own_grid(
     pattern: Any, grid: tuple[int, ...], grids: list[list[int]]

@@ -66,7 +66,9 @@ def patterns(draw: st.DrawFn, grid: tuple[int, ...], key_grid: tuple[int, ...], 
     group = st.one_of(product, product, st.lists(product, min_size=2, max_size=3).map(lambda some: union(*some)))
     if num_heads == 1 or draw(st.integers(0, 2)):
         return draw(group)
-    sizes = draw(st.lists(st.integers(1, num_heads), min_size=2, max_size=3).filter(lambda some: sum(some) == num_heads))
+    sizes = draw(
+        st.lists(st.integers(1, num_heads), min_size=2, max_size=3).filter(lambda some: sum(some) == num_heads)
+    )
     return heads(*(draw(group) for _ in sizes), sizes=tuple(sizes))
 
 

@@ -223,7 +223,8 @@ def test_visits_equal_those_counted_on_the_mask(name: str, table: Bounds, query_
     assert found.pairs_computed == visited * query_tile**rank * key_tile**rank
     assert found.waste >= 1 or not mask.any()
     assert found.key_tiles == math.prod(
-        sum(len(key_tiles(axis, residue, key_tile)) for residue in range(min(axis.step, axis.length))) for axis in member
+        sum(len(key_tiles(axis, residue, key_tile)) for residue in range(min(axis.step, axis.length)))
+        for axis in member
     )
 
 

@@ -74,9 +74,7 @@ def _eager_errors(problem: Problem, dtype: torch.dtype, exact: Tensors, drawing:
     return {name: largest(result.double() - exact[name]) for name, result in eager.items()}
 
 
-def _results(
-    problem: Problem, drawn: torch.dtype, dtype: torch.dtype, *, drawing: int = 0, **core: Any
-) -> Tensors:
+def _results(problem: Problem, drawn: torch.dtype, dtype: torch.dtype, *, drawing: int = 0, **core: Any) -> Tensors:
     tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in draw(problem, drawn, drawing).items()}
     return with_gradients(problem, tensors, dense(problem, tensors, **core))
 

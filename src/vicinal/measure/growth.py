@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from vicinal.measure import machine, memory
 from vicinal.measure.bench import contenders
 from vicinal.measure.problems import Problem
+from vicinal.measure.report import percent
 from vicinal.measure.task import Task
 from vicinal.measure.timing import compare
 from vicinal.pattern import Near, count
@@ -53,13 +53,16 @@ class Point:
     peak_mb: float
 
 
-def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The slope in log-log: 1 for a cost that grows in proportion, 2 for one that grows with the square.
+def line(sizes: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
+    """The straight line through some costs: `fixed + each * size`, and the share of the variation it explains.
 
-    >>> round(exponent([1, 2, 4], [3.0, 6.0, 12.0]), 3)
-    1.0
+    >>> {name: round(value, 6) for name, value in line([1, 2, 4], [5.0, 7.0, 11.0]).items()}
+    {'fixed': 3.0, 'each': 2.0, 'explains': 1.0}
     """
-    return float(np.polyfit(np.log(sizes), np.log(np.maximum(costs, 1e-9)), 1)[0])
+    each, fixed = np.polyfit(sizes, costs, 1)
+    left = np.square(np.asarray(costs) - fixed - each * np.asarray(sizes)).sum()
+    spread = np.square(np.asarray(costs) - np.mean(costs)).sum()
+    return {"fixed": float(fixed), "each": float(each), "explains": float(1 - left / spread) if spread else 1.0}
 
 
 def measure(
@@ -82,11 +85,11 @@ def measure(
         sizes = [float(point.size) for point in points]
         curves[name] = {
             "points": [dataclasses.asdict(point) for point in points],
-            "time_exponent": round(exponent(sizes, [point.median_ms for point in points]), 3),
-            "memory_exponent": round(exponent(sizes, [point.peak_mb for point in points]), 3),
+            "time": line(sizes, [point.median_ms for point in points]),
+            "memory": line(sizes, [point.peak_mb for point in points]),
         }
-        say(f"{name}: time grows with the power {curves[name]['time_exponent']:.2f}, "
-            f"memory with {curves[name]['memory_exponent']:.2f}")  # fmt: skip
+        time, space = curves[name]["time"]["explains"], curves[name]["memory"]["explains"]
+        say(f"{name}: a straight line explains {percent(time)} of how time varies, {percent(space)} of memory")
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(device),
@@ -103,7 +106,7 @@ def save(found: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def plot(found: dict[str, Any], path: pathlib.Path) -> None:
-    """Draw the curves: time above, memory below, and a dashed line of proportional growth through the last point."""
+    """Draw the curves, time above and memory below, each with its straight line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,21 +114,18 @@ def plot(found: dict[str, Any], path: pathlib.Path) -> None:
 
     curves = found["curves"]
     figure, axes = plt.subplots(2, len(curves), figsize=(3.2 * len(curves), 6), squeeze=False, layout="constrained")
+    rows = (("time", "median_ms", "milliseconds"), ("memory", "peak_mb", "MB with inputs"))
     for column, (name, curve) in enumerate(curves.items()):
-        sizes = [point["size"] for point in curve["points"]]
-        rows = (("median_ms", "milliseconds", "time_exponent"), ("peak_mb", "MB with inputs", "memory_exponent"))
-        for row, (key, label, power) in enumerate(rows):
-            costs = [point[key] for point in curve["points"]]
-            axis = axes[row][column]
-            axis.loglog(sizes, costs, "o-", markersize=3)
-            axis.loglog(sizes, [costs[-1] * size / sizes[-1] for size in sizes], "--", color="gray", linewidth=1)
-            axis.set_title(f"{name}: power {curve[power]:.2f}", fontsize=9)
+        sizes = np.array([0, *(point["size"] for point in curve["points"])])
+        for row, (what, key, label) in enumerate(rows):
+            axis, fit = axes[row][column], curve[what]
+            axis.plot(sizes, fit["fixed"] + fit["each"] * sizes, "--", color="gray", linewidth=1)
+            axis.plot(sizes[1:], [point[key] for point in curve["points"]], "o", markersize=4)
+            axis.set_title(f"{what} against {name}: {percent(fit['explains'])} straight", fontsize=9)
             axis.set_xlabel("keys per query" if name == "window" else name)
+            axis.set_ylim(bottom=0)
             if not column:
                 axis.set_ylabel(label)
-            ticks = sizes[:: math.ceil(len(sizes) / 4)]
-            axis.set_xticks(ticks, [str(size) for size in ticks])
-            axis.minorticks_off()
-    figure.suptitle(f"{found['backend']}, {found['direction']}, float32, {found['machine']['threads']} threads")
+    figure.suptitle(f"{found['backend']}, {found['direction']}, float32, threads: {found['machine']['threads']}")
     figure.savefig(path, dpi=120)
     plt.close(figure)

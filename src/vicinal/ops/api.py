@@ -60,12 +60,19 @@ def attention(
         query, key, value, extra_key, extra_value, extra_query
     )
     call = Call(query, key, value, pattern, bias, extra_key, extra_value, extra_lengths, grids, scale)
-    out, lse = call.run(backend)
+    ready = call.prepare(backend)
     if extra_query is None:
+        out, lse = call.run(ready)
         return (out, lse) if return_lse else out
     checks.check_extra_query(extra_query, query)
-    extra_out, extra_lse = call.run_extra(extra_query, backend)
+    extra_ready = call.prepare_extra(extra_query, backend)
+    out, lse = call.run(ready)
+    extra_out, extra_lse = call.run_extra(extra_query, extra_ready)
     return ((out, extra_out), (lse, extra_lse)) if return_lse else (out, extra_out)
+
+
+Ready = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, ...], str]
+"""What the registered operator is called with besides keys and values: queries, tables, bias, layout, back end."""
 
 
 class Call:
@@ -110,8 +117,8 @@ class Call:
             features,
         )
 
-    def run(self, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp of the grid's queries."""
+    def prepare(self, backend: str | None) -> Ready:
+        """Everything for the grid's queries, with all that can be refused refused."""
         layout, name = resolve.chosen(self.pattern_key, self.sizes(self.grid, self.bias is not None), backend)
         bias = None
         if self.bias is not None:
@@ -122,15 +129,13 @@ class Call:
         else:
             assert not isinstance(self.pattern, Bounds)
             tables = pack_sample_tables(self.pattern, self.grid, self.grids)
-        return self._attend(self.query, tables, bias, layout, name)
+        return self.query, tables, bias, layout, name
 
-    def run_extra(self, extra_query: torch.Tensor, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp of queries that see the whole grid."""
+    def prepare_extra(self, extra_query: torch.Tensor, backend: str | None) -> Ready | None:
+        """Everything for queries that see the whole grid; None where there are none."""
         rank, tokens = len(self.grid), extra_query.shape[1]
         if not tokens:
-            out = extra_query.new_empty(*extra_query.shape[:-1], self.value.shape[-1])
-            lse = out.new_empty(out.shape[:-1], dtype=torch.promote_types(out.dtype, torch.float32))
-            return out, lse
+            return None
         grid = (tokens, *(1,) * (rank - 1))
         pattern_key = resolve.whole_grid_key(rank)
         layout, name = resolve.chosen(pattern_key, self.sizes(grid, False), backend)
@@ -139,12 +144,20 @@ class Call:
         else:
             tables = pack_whole_tables(self.grids, self.key_grid, grid)
         query = extra_query.unflatten(1, grid) if rank > 1 else extra_query
-        out, lse = self._attend(query, tables, None, layout, name)
+        return query, tables, None, layout, name
+
+    def run_extra(self, extra_query: torch.Tensor, ready: Ready | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of queries that see the whole grid."""
+        if ready is None:
+            out = extra_query.new_empty(*extra_query.shape[:-1], self.value.shape[-1])
+            return out, out.new_empty(out.shape[:-1], dtype=torch.promote_types(out.dtype, torch.float32))
+        out, lse = self.run(ready)
+        rank = len(self.grid)
         return (out.flatten(1, rank), lse.flatten(1, rank)) if rank > 1 else (out, lse)
 
-    def _attend(
-        self, query: torch.Tensor, tables: torch.Tensor, bias: torch.Tensor | None, layout: tuple[int, ...], name: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, ready: Ready) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp."""
+        query, tables, bias, layout, name = ready
         extras = (self.extra_key, self.extra_value, self.extra_lengths)
         plain = name == "tiled" and self.grids is None and self.extra_lengths is None and _is_exporting()
         attend = operator.attend_plain if plain else torch.ops.vicinal.attend
