@@ -204,11 +204,32 @@ def test_attention_runs_without_gradients_and_under_checkpointing(backend: str) 
         assert torch.equal(grad, wanted)
 
 
-@pytest.mark.parametrize("problem", SAMPLE, ids=str)
+CHUNKED = (*SAMPLE, Problem((9, 13), Near(3), batch=3, extra_tokens=2, has_bias=True, heads=4, kv_heads=2))
+
+
+@pytest.mark.parametrize("problem", CHUNKED, ids=str)
 def test_tiled_backend_gives_the_same_in_many_small_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small problems fit into one chunk; the loop over chunks and samples must hold for them as well."""
     monkeypatch.setattr("vicinal.ops.tiled.parts.CHUNK_BYTES", 4096)
     assert_agrees(run(problem, torch.float32, "tiled"), judge(problem, torch.float32))
+
+
+VARIANTS = [
+    {"kv_heads": kv_heads, "extra_tokens": extra_tokens, "has_bias": has_bias, "batch": batch}
+    for kv_heads in (4, 1, 2)
+    for extra_tokens in (0, 3, 1)
+    for has_bias in (False, True)
+    for batch in (2, 1)
+]
+
+
+@pytest.mark.parametrize("pattern", [Near(3), Near(3, dilation=2)], ids=repr)
+def test_what_is_remembered_of_one_call_does_not_leak_into_the_next(pattern: Any) -> None:
+    """The same pattern on the same grid, so the same plan, with everything else changing from call to call."""
+    for variant in VARIANTS:
+        problem = Problem((7, 8), pattern, heads=4, **variant)
+        for dtype in (torch.float32, torch.float64):
+            assert_agrees(run(problem, dtype, "tiled"), judge(problem, dtype))
 
 
 @every_backend

@@ -240,6 +240,17 @@ def test_other_sizes_are_other_problems_and_compile_again() -> None:
         torch.testing.assert_close(sums(found, key), vicinal.apply_scores(found, key, Near(3)))
 
 
+def test_sizes_that_are_all_dynamic_compile() -> None:
+    """`dynamic=True` makes a symbol of every size; those that tables depend on are turned back into numbers."""
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+        return vicinal.attention(query, key, value, (Near(3, dilation=2), Window(4)))
+
+    compiled = whole_graph(call, dynamic=True)
+    for batch in (2, 3):
+        assert_same(compiled, call, inputs(batch, 7, 6, 2, 4))
+
+
 def test_numbers_of_extra_tokens_may_change() -> None:
     def call(query: torch.Tensor, extra: torch.Tensor) -> Any:
         return vicinal.attention(query, query, query, Near(3), extra_key=extra, extra_value=extra, extra_query=extra)
