@@ -236,9 +236,9 @@ LOOK = f"""
 import json, sys, time
 import torch
 before = set(sys.modules)
-begin = time.perf_counter()
+begin = time.process_time()
 import vicinal
-spent = time.perf_counter() - begin
+spent = time.process_time() - begin
 added = sorted(name for name in {OPTIONAL!r} if name in sys.modules and name not in before)
 print(json.dumps([spent, added, torch.cuda.is_initialized()]))
 """

@@ -230,7 +230,7 @@ def test_other_sizes_are_other_problems_and_compile_again() -> None:
 
     compiled = whole_graph(call)
     for shape in ((7, 6, 2, 4), (9, 6, 2, 4), (9, 11, 2, 4), (7, 6, 4, 4), (7, 6, 4, 8)):
-        assert_same(compiled, call, inputs(2, *shape))
+        assert_same(compiled, call, inputs(3, *shape))
     scores = whole_graph(lambda query, key: vicinal.attention_scores(query, key, Near(3)))
     sums = whole_graph(lambda weights, value: vicinal.apply_scores(weights, value, Near(3)))
     for length in (7, 9, 12):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from operator import index
 from typing import Any
 
 import torch
@@ -110,10 +111,11 @@ class Call:
             self.query.dtype,
             grid,
             self.key_grid,
-            self.query.shape[-2],
-            self.key.shape[-2],
-            self.query.shape[-1],
-            self.value.shape[-1],
+            # whole numbers also where a compiler takes sizes for symbols: a graph is for these
+            index(self.query.shape[-2]),
+            index(self.key.shape[-2]),
+            index(self.query.shape[-1]),
+            index(self.value.shape[-1]),
             features,
         )
 
@@ -133,7 +135,7 @@ class Call:
 
     def prepare_extra(self, extra_query: torch.Tensor, backend: str | None) -> Ready | None:
         """Everything for queries that see the whole grid; None where there are none."""
-        rank, tokens = len(self.grid), extra_query.shape[1]
+        rank, tokens = len(self.grid), index(extra_query.shape[1])
         if not tokens:
             return None
         grid = (tokens, *(1,) * (rank - 1))

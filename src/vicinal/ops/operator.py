@@ -76,15 +76,44 @@ def _attend_backward_fake(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, ctx.layout, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
+class _Attend(torch.autograd.Function):
+    """Autograd's view of `vicinal::attend`.
+
+    Written out rather than left to `torch.library.register_autograd`, whose wrapper spends more time on a call's
+    default arguments than a small problem takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output: tuple[torch.Tensor, torch.Tensor] = _below_autograd(keyset, arguments)
+        *tensors, ctx.layout, ctx.scale, ctx.backend = arguments
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        grad_out, grad_lse = grads
+        return (None, *_differentiate(ctx, grad_out, grad_lse))
+
+
+def _below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        attend = torch.ops.vicinal.attend.default
+        return attend.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+def _attend_autograd(keyset: Any, *arguments: Any) -> Any:
+    if torch.is_grad_enabled() and any(
+        isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in arguments[:7]
+    ):
+        return _Attend.apply(keyset, *arguments)
+    return _below_autograd(keyset, arguments)
 
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Gradients:
     *tensors, out, lse = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[position] for position in (0, 1, 2, 4, 5, 6)]
+    needs = [ctx.needs_input_grad[position] for position in (1, 2, 3, 5, 6, 7)]  # 0 is the keyset
     grads: Gradients
     if grad_out is None and grad_lse is None:
         grads = (None,) * 6
@@ -105,4 +134,4 @@ library.impl("attend", _attend, "CompositeExplicitAutograd")
 library.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("vicinal::attend", _attend_fake, lib=library)
 torch.library.register_fake("vicinal::attend_backward", _attend_backward_fake, lib=library)
-torch.library.register_autograd("vicinal::attend", _differentiate, setup_context=_save, lib=library)
+library.impl("attend", _attend_autograd, "Autograd", with_keyset=True)
