@@ -233,8 +233,8 @@ def test_other_sizes_are_other_problems_and_compile_again() -> None:
         assert_same(compiled, call, inputs(3, *shape))
     scores = whole_graph(lambda query, key: vicinal.attention_scores(query, key, Near(3)))
     sums = whole_graph(lambda weights, value: vicinal.apply_scores(weights, value, Near(3)))
-    for length in (7, 9, 12):
-        query, key = torch.randn(2, 2, length, 2, 4).unbind(0)
+    for length, num_heads in ((7, 2), (9, 2), (9, 4), (12, 5)):
+        query, key = torch.randn(2, 3, length, num_heads, 4).unbind(0)
         found = scores(query, key)
         torch.testing.assert_close(found, vicinal.attention_scores(query, key, Near(3)))
         torch.testing.assert_close(sums(found, key), vicinal.apply_scores(found, key, Near(3)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def attention_scores(
     pattern_key, rank = resolve.key_of(pattern)
     grid, key_grid = checks.check_qkv(query, key, key, rank)
     number = checks.check_scale(scale, query.shape[-1])
-    layout = resolve.packed_layout(pattern_key, grid, key_grid, query.shape[-2])
+    layout = resolve.packed_layout(pattern_key, grid, key_grid, index(query.shape[-2]))
     if extra_key is not None:
         checks.check_tokens("extra_key", extra_key, key, query)
     vector = None
@@ -64,8 +65,8 @@ def attention_scores(
     tables = resolve.tables(pattern_key, grid, key_grid, query)
     scores = torch.ops.vicinal.scores(query, key, tables, layout, number)
     if vector is not None:
-        index = resolve.bias_index(pattern_key, grid, key_grid, query.shape[-2], query)
-        scores = scores + vector.to(scores.dtype)[index]
+        places = resolve.bias_index(pattern_key, grid, key_grid, index(query.shape[-2]), query)
+        scores = scores + vector.to(scores.dtype)[places]
     if extra_key is not None:
         shared = query.shape[-2] // key.shape[-2]
         split_query = query.flatten(1, -3).unflatten(2, (-1, shared))
@@ -88,7 +89,7 @@ def apply_scores(
     """
     pattern_key, rank = resolve.key_of(pattern)
     grid, key_grid, tokens = checks.check_weights(weights, value, extra_value, rank)
-    layout = resolve.packed_layout(pattern_key, grid, key_grid, weights.shape[-2])
+    layout = resolve.packed_layout(pattern_key, grid, key_grid, index(weights.shape[-2]))
     window = resolve.window(layout)
     if weights.shape[-1] != window + tokens:
         raise ValueError(
