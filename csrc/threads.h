@@ -1,0 +1,23 @@
+// Running work on several threads.
+
+#ifndef VICINAL_THREADS_H
+#define VICINAL_THREADS_H
+
+#include <cstdint>
+#include <functional>
+
+namespace vicinal {
+
+// Calls work(0) ... work(count - 1) on at most `threads` threads, in any order; the first exception is thrown again.
+// Serial where there is one unit or thread, in a forked child of a process that has used threads, and where built
+// without OpenMP.
+void parallel_for(int64_t count, int64_t threads, const std::function<void(int64_t)>& work);
+
+// Memory of the calling thread, at least so many bytes, aligned to 64; kept for the next call, contents arbitrary.
+// `slot` tells apart pieces that are held at the same time.
+void* workspace(int slot, size_t bytes);
+size_t workspace_bytes();
+
+}  // namespace vicinal
+
+#endif
