@@ -19,7 +19,8 @@ struct BadArgument : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// A tensor with its axes in the order batch, three axes of the grid, heads, channels.
+// A tensor with its axes in the order batch, three axes of the grid, heads, channels. Extra tokens lie along the last
+// axis of the grid.
 struct View {
     char* data = nullptr;
     int64_t batch = 0;
@@ -74,12 +75,16 @@ struct Problem {
     }
 };
 
+// What a call is read for. A description needs no tensors: their pointers are not looked at.
+enum class Purpose { FORWARD, BACKWARD, DESCRIBE };
+
 // Reads and checks a call; throws BadArgument. Every index that the kernels take from it is in range afterwards.
-Problem read_problem(const vicinal_call& call, bool is_backward);
+Problem read_problem(const vicinal_call& call, Purpose purpose);
 
 // The simple strategy: loops over queries and keys, any dtype, one number at a time. Slow and always right.
 void simple_forward(const Problem& problem);
 void simple_backward(const Problem& problem);
+void simple_describe(const Problem& problem, vicinal_description* groups);
 
 // The tiled strategy: packed panels and register tiles, all dtypes but float64.
 void tiles_forward(const Problem& problem);

@@ -3,14 +3,15 @@
 #ifndef VICINAL_THREADS_H
 #define VICINAL_THREADS_H
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 
 namespace vicinal {
 
 // Calls work(0) ... work(count - 1) on at most `threads` threads, in any order; the first exception is thrown again.
-// Serial where there is one unit or thread, in a forked child of a process that has used threads, and where built
-// without OpenMP.
+// Serial where there is one unit or thread, in a child that was forked after this library was loaded (where OpenMP's
+// threads are gone), and where built without OpenMP.
 void parallel_for(int64_t count, int64_t threads, const std::function<void(int64_t)>& work);
 
 // Memory of the calling thread, at least so many bytes, aligned to 64; kept for the next call, contents arbitrary.

@@ -1,0 +1,100 @@
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <exception>
+#include <new>
+
+#if defined(_WIN32)
+#include <malloc.h>
+#else
+#include <pthread.h>
+#endif
+
+namespace vicinal {
+namespace {
+
+constexpr size_t ALIGNMENT = 64;
+constexpr int SLOTS = 16;
+
+std::atomic<bool> is_forked_child{false};
+
+#if !defined(_WIN32)
+// OpenMP's threads do not survive a fork, and libgomp waits for them forever.
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+#endif
+
+void* allocate(size_t bytes) {
+#if defined(_WIN32)
+    void* memory = _aligned_malloc(bytes, ALIGNMENT);
+#else
+    void* memory = nullptr;
+    if (posix_memalign(&memory, ALIGNMENT, bytes)) memory = nullptr;
+#endif
+    if (!memory) throw std::bad_alloc();
+    return memory;
+}
+
+void release(void* memory) {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    std::free(memory);
+#endif
+}
+
+struct Workspace {
+    void* memory[SLOTS] = {};
+    size_t bytes[SLOTS] = {};
+    ~Workspace() {
+        for (void* piece : memory) release(piece);
+    }
+};
+
+thread_local Workspace held;
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t threads, const std::function<void(int64_t)>& work) {
+    threads = std::min(threads, count);
+#if defined(_OPENMP)
+    if (threads > 1 && !is_forked_child) {
+        std::exception_ptr problem;
+        std::atomic<bool> has_failed{false};
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads))
+        for (int64_t unit = 0; unit < count; ++unit) {
+            if (has_failed.load(std::memory_order_relaxed)) continue;
+            try {
+                work(unit);
+            } catch (...) {
+                // an exception must not leave the region: the first one is kept
+                if (!has_failed.exchange(true)) problem = std::current_exception();
+            }
+        }
+        if (problem) std::rethrow_exception(problem);
+        return;
+    }
+#endif
+    for (int64_t unit = 0; unit < count; ++unit) work(unit);
+}
+
+void* workspace(int slot, size_t bytes) {
+    bytes = std::max((bytes + ALIGNMENT - 1) / ALIGNMENT, size_t(1)) * ALIGNMENT;
+    if (held.bytes[slot] < bytes) {
+        release(held.memory[slot]);
+        held.memory[slot] = nullptr;
+        held.bytes[slot] = 0;
+        held.memory[slot] = allocate(bytes);
+        held.bytes[slot] = bytes;
+    }
+    return held.memory[slot];
+}
+
+size_t workspace_bytes() {
+    size_t total = 0;
+    for (size_t bytes : held.bytes) total += bytes;
+    return total;
+}
+
+}  // namespace vicinal
