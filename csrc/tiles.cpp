@@ -412,6 +412,22 @@ void tiles_backward(const Problem& problem) {
     }
 }
 
+// Tiles take everything but float64, and two rare backwards: a bias between two grids, whose index is no straight line
+// along the queries, and a key head whose query heads belong to different groups.
+vicinal_strategy choose_strategy(const Problem& problem) {
+    if (problem.is_double) return VICINAL_SIMPLE;
+    if (!problem.grad_key && !problem.grad_value) return VICINAL_TILES;
+    const int64_t shared = problem.call.heads / problem.call.kv_heads;
+    for (size_t g = 0; g < problem.groups.size(); ++g) {
+        const Group& group = problem.groups[g];
+        if (group.first_head % shared || group.heads % shared) return VICINAL_SIMPLE;
+        if (!problem.bias || !group.takes_bias) continue;
+        for (const auto& row : problem.members)
+            if (!has_plain_centers(row[g])) return VICINAL_SIMPLE;
+    }
+    return VICINAL_TILES;
+}
+
 void tiles_describe(const Problem& problem, vicinal_description* groups) {
     const TileKernels* kernels = kernels_for(problem);
     for (const auto& work : all_work(problem, FORWARD, kernels)) {
