@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,6 +138,10 @@ Backward = Callable[
 ]
 
 
+def _nothing_missing() -> str | None:
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """A way to compute attention.
@@ -143,7 +149,8 @@ class Backend:
     `forward` returns the output and the log-sum-exp. `backward` takes the inputs, these two, and their
     gradients (either may be None), and which gradients are needed. `differentiable` is a forward made of
     plain torch operations that autograd can go through twice. `describe` tells `explain` how the
-    problem would be cut up.
+    problem would be cut up. `reason_missing` tells why this installation or machine lacks what the back end
+    needs, None where it has it; it is first asked when a call comes.
     """
 
     name: str
@@ -152,6 +159,13 @@ class Backend:
     backward: Backward
     differentiable: Forward
     describe: Callable[[Problem, Any, Layout], dict[str, Any]]
+    reason_missing: Callable[[], str | None] = _nothing_missing
+
+    def refusals(self, problem: Problem) -> list[str]:
+        """All reasons why the back end cannot take the problem; none means it can."""
+        reasons = self.capability.refusals(problem)
+        missing = self.reason_missing()
+        return reasons if missing is None else [*reasons, missing]
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -181,7 +195,7 @@ def refusals(problem: Problem) -> dict[str, list[str]]:
     """For every name all reasons why that back end cannot take the problem."""
     missing = ["is not part of this version of vicinal"]
     return {
-        name: _BACKENDS[name].capability.refusals(problem) if name in _BACKENDS else list(missing)
+        name: _BACKENDS[name].refusals(problem) if name in _BACKENDS else list(missing)
         for name in PREFERENCE
     }
 
@@ -196,18 +210,32 @@ def choose(problem: Problem, name: str | None) -> str:
     """The back end to use: the one asked for, or the first that can.
 
     >>> choose(Problem("cpu", torch.float32, (8, 8), (8, 8), 2, 2, 32, 32), None)
-    'tiled'
+    'cpu'
     """
     reasons = refusals(problem)
     if name is None:
         for candidate in PREFERENCE:
             if not reasons[candidate]:
+                if candidate == "tiled" and problem.device == "cpu":
+                    _warn_of_slow_path()
                 return candidate
         raise BackendRefused(f"no back end can take this problem: {_listed(reasons)}")
     check_name(name)
     if reasons[name]:
         raise BackendRefused(f"backend {name!r} cannot take this problem: {_listed({name: reasons[name]})}")
     return name
+
+
+@functools.cache
+def _warn_of_slow_path() -> None:
+    """Say once that CPU calls take the portable path because the compiled kernels are not there."""
+    missing = _BACKENDS["cpu"].reason_missing() if "cpu" in _BACKENDS else None
+    if missing is not None:
+        warnings.warn(
+            f"vicinal runs on the CPU without its compiled kernels, many times slower: {missing}. "
+            "Install a C++ compiler and then vicinal again.",
+            stacklevel=2,
+        )
 
 
 def _listed(reasons: dict[str, list[str]]) -> str:

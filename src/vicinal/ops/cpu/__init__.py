@@ -1,0 +1,119 @@
+"""The CPU back end: C++ kernels behind a plain C interface (csrc/), called on the tensors as they lie in memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vicinal.ops.backend import Backend, Capability, Gradients, Inputs, Problem, register
+from vicinal.ops.cpu import library, record
+from vicinal.ops.packing import Layout, pack_tables
+from vicinal.ops.tiled.forward import differentiable
+
+
+def _record(inputs: Inputs, bias: torch.Tensor | None, extra_lengths: torch.Tensor | None, *more: Any) -> bytes:
+    query, tables, extra_key = inputs.query, inputs.tables, inputs.extra_key
+    value = inputs.value
+    extra_tokens = 0 if extra_key is None else extra_key.shape[1]
+    rows, words = tables.shape
+    return record.pack(
+        query.shape,
+        inputs.key.shape,
+        value.shape[-1],
+        extra_tokens,
+        query.dtype,
+        (tables.data_ptr(), rows, words),
+        inputs.layout,
+        0 if bias is None else bias.numel(),
+        inputs.scale,
+        (query, inputs.key, value, bias, extra_key, inputs.extra_value, extra_lengths, *more),
+    )
+
+
+def _wide(query: torch.Tensor) -> torch.dtype:
+    """The type of log-sum-exps and biases."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _bias(inputs: Inputs) -> torch.Tensor | None:
+    return None if inputs.bias is None else inputs.bias.to(_wide(inputs.query)).contiguous()
+
+
+def _lengths(inputs: Inputs) -> torch.Tensor | None:
+    return None if inputs.extra_lengths is None else inputs.extra_lengths.to(torch.int64).contiguous()
+
+
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp."""
+    query = inputs.query
+    shape = query.shape
+    out = torch.empty((*shape[:-1], inputs.value.shape[-1]), dtype=query.dtype)
+    lse = torch.empty(shape[:-1], dtype=_wide(query))
+    bias, extra_lengths = _bias(inputs), _lengths(inputs)  # held here: the record has only their addresses
+    library.call(library.load().attend, _record(inputs, bias, extra_lengths, out, lse))
+    return out, lse
+
+
+def backward(
+    inputs: Inputs,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients that are needed."""
+    bias, extra_lengths = _bias(inputs), _lengths(inputs)
+    given = (inputs.query, inputs.key, inputs.value, bias, inputs.extra_key, inputs.extra_value)
+    grads = [
+        torch.empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else None
+        for tensor, need in zip(given, needs, strict=True)
+    ]
+    row_sums = torch.empty(lse.shape, dtype=lse.dtype)
+    packed = _record(inputs, bias, extra_lengths, out, lse, grad_out, grad_lse, row_sums, *grads)
+    library.call(library.load().attend_backward, packed)
+    if grads[3] is not None and inputs.bias is not None:
+        grads[3] = grads[3].to(inputs.bias.dtype)
+    return tuple(grads)
+
+
+def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:
+    tables = pack_tables(bounds)
+    packed = record.pack(
+        (1, *problem.grid, problem.heads, problem.head_dim),
+        (1, *problem.key_grid, problem.kv_heads, problem.head_dim),
+        problem.value_dim,
+        0,
+        problem.dtype,
+        (tables.ctypes.data, 1, tables.size),
+        layout,
+        sum(layout.bias_sizes) if problem.has_bias else 0,
+        1.0,
+        (),
+    )
+    room = ctypes.create_string_buffer(record.GROUP.size * len(layout.groups))
+    library.call(library.load().describe, packed, room, len(layout.groups))
+    groups = [dict(zip(record.GROUP_FIELDS, fields, strict=True)) for fields in record.GROUP.iter_unpack(room)]
+    for group in groups:
+        computed = group.pop("computed")
+        group["waste"] = round(computed / max(group["pairs"], 1), 3)
+        group["strategy"] = library.STRATEGIES[group["strategy"]]
+        group["isa"] = library.ISAS[group["isa"]]
+    return {"method": "compiled kernels, one strategy for each head group", "groups": groups}
+
+
+register(
+    Backend(
+        name="cpu",
+        # meta tensors are on no device; what is explained for them is what a CPU would do
+        capability=Capability(devices=("cpu", "meta"), dtypes=tuple(record.DTYPES)),
+        forward=forward,
+        backward=backward,
+        differentiable=differentiable,
+        describe=_describe,
+        reason_missing=library.reason_missing,
+    )
+)

@@ -1,0 +1,132 @@
+"""Finding and loading the shared library of CPU kernels, and the variables that steer it.
+
+`VICINAL_CPU_STRATEGY` (`auto`, `simple`, `tiles`) and `VICINAL_CPU_ISA` (`best`, `base`, `avx2`, `avx512`,
+`avx512_bf16`) are for tests and measurements: they force what is chosen by itself otherwise. They are read when the
+library is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ABI = 1
+STRATEGIES = ("auto", "simple", "tiles")
+ISAS = ("best", "base", "avx2", "avx512", "avx512_bf16")
+_NAME = {"win32": "_cpu.dll", "darwin": "_cpu.dylib"}.get(sys.platform, "_cpu.so")
+_PATH = Path(__file__).parents[2] / _NAME
+_MESSAGE_BYTES = 512
+_ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: MemoryError, 3: RuntimeError}
+
+Function = Callable[..., int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """The loaded library: its functions, and what the environment asks of them."""
+
+    attend: Function
+    attend_backward: Function
+    describe: Function
+    workspace_bytes: Function
+    best_isa: str
+    strategy: int
+    isa: int
+
+
+@functools.cache
+def load() -> Library:
+    """The library; raises `OSError` with the reason where it cannot be had.
+
+    A value of an environment variable that is not one of those allowed is a `ValueError`.
+    """
+    if not _PATH.exists():
+        raise OSError("its library was not built: no C++ compiler worked when vicinal was installed")
+    try:
+        found = ctypes.CDLL(str(_PATH))
+    except OSError as problem:
+        raise OSError(f"its library cannot be loaded: {problem}") from problem
+    found.vicinal_abi.restype = ctypes.c_int64
+    if found.vicinal_abi() != ABI:
+        raise OSError(f"its library has interface {found.vicinal_abi()}, this version of vicinal needs {ABI}")
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    functions = {
+        "attend": (pointer, pointer, number),
+        "attend_backward": (pointer, pointer, number),
+        "describe": (pointer, pointer, number, pointer, number),
+        "workspace_bytes": (),
+        "best_isa": (),
+    }
+    ready: dict[str, Any] = {}
+    for name, arguments in functions.items():
+        function = getattr(found, f"vicinal_{name}")
+        function.argtypes, function.restype = arguments, number
+        ready[name] = function
+    ready["best_isa"] = ISAS[ready["best_isa"]()]
+    return Library(
+        **ready,
+        strategy=_choice("VICINAL_CPU_STRATEGY", STRATEGIES),
+        isa=_choice("VICINAL_CPU_ISA", ISAS),
+    )
+
+
+def _choice(variable: str, names: Sequence[str]) -> int:
+    given = os.environ.get(variable, names[0])
+    if given not in names:
+        raise ValueError(f"{variable} must be one of {', '.join(names)}, got {given!r}")
+    return names.index(given)
+
+
+@functools.cache
+def reason_missing() -> str | None:
+    """Why the library cannot be had, or None."""
+    try:
+        load()
+    except OSError as problem:
+        return str(problem)
+    return None
+
+
+class _Messages(threading.local):
+    """Room for a message, one for each thread."""
+
+    def __init__(self) -> None:
+        self.room = ctypes.create_string_buffer(_MESSAGE_BYTES)
+
+
+_messages = _Messages()
+
+
+def call(function: Function, *arguments: Any) -> None:
+    """Call a function of the library that may fail; the failure becomes an exception."""
+    room = _messages.room
+    status = function(*arguments, room, _MESSAGE_BYTES)
+    if status:
+        raise _ERRORS[status](f"the CPU kernels refuse the call: {room.value.decode()}")
+
+
+class _Process:
+    """Whether this process was forked off from one that had imported vicinal."""
+
+    is_forked = False
+
+
+def _note_fork() -> None:
+    _Process.is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    # The library notices a fork by itself, but only once it is loaded; torch may have used its threads before.
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def is_forked() -> bool:
+    """Whether threads must not be used, since OpenMP's do not survive a fork and would be waited for forever."""
+    return _Process.is_forked

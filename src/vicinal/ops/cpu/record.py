@@ -1,0 +1,88 @@
+"""Packing a call into the record of csrc/vicinal.h.
+
+A record is packed for every call, so this is written for speed: one `struct` for each combination of rank and
+tensors that are there, absent ones being zero bytes.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import struct
+
+import torch
+
+from vicinal.ops.cpu import library
+from vicinal.ops.packing import Layout
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+GROUP = struct.Struct("8q")
+"""One `vicinal_description`."""
+
+GROUP_FIELDS = ("strategy", "isa", "lanes", "rows_per_vector", "tiles", "pairs", "computed", "blocks")
+
+Tensors = tuple[torch.Tensor | None, ...]
+"""In the order of the record: query, key, value, bias, extra_key, extra_value, extra_lengths, out, lse; for the
+backward also grad_out, grad_lse, row_sums, and the gradients of the first six."""
+
+_STRIDES = 6
+_NUM_TENSORS = 18
+
+
+@functools.lru_cache(maxsize=1024)
+def _struct(ranks: tuple[int, ...]) -> struct.Struct:
+    """The record where the tensors have so many axes; -1 where there is none."""
+    parts = ["=24qd"]
+    for rank in ranks:
+        parts.append(f"{1 + rank}q{8 * (_STRIDES - rank)}x" if rank >= 0 else f"{8 * (1 + _STRIDES)}x")
+    parts.append(f"{8 * (1 + _STRIDES) * (_NUM_TENSORS - len(ranks))}x")
+    return struct.Struct("".join(parts))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout_words(layout: Layout) -> array.array[int]:
+    return array.array("q", layout.packed)
+
+
+_PADDING = {1: (0, 0), 2: (0,), 3: ()}
+
+
+def pack(
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    value_dim: int,
+    extra_tokens: int,
+    dtype: torch.dtype,
+    tables: tuple[int, int, int],
+    layout: Layout,
+    bias_words: int,
+    scale: float,
+    tensors: Tensors,
+) -> bytes:
+    """The record of a call. `tables` is their address, rows and words; `tensors` may be empty for a description."""
+    loaded = library.load()
+    words = _layout_words(layout)
+    address, length = words.buffer_info()
+    batch, *grid, heads, head_dim = query_shape
+    rank = len(grid)
+    padding = _PADDING[rank]
+    values = [
+        *(library.ABI, DTYPES[dtype], rank, batch, heads, key_shape[-2], head_dim, value_dim, extra_tokens),
+        *grid,
+        *padding,
+        *key_shape[1:-2],
+        *padding,
+        *tables,
+        *(address, length, bias_words),
+        *(1 if library.is_forked() else torch.get_num_threads(), loaded.strategy, loaded.isa, scale),
+    ]
+    ranks = []
+    for tensor in tensors:
+        if tensor is None:
+            ranks.append(-1)
+        else:
+            strides = tensor.stride()
+            ranks.append(len(strides))
+            values.append(tensor.data_ptr())
+            values += strides
+    return _struct(tuple(ranks)).pack(*values)
