@@ -46,7 +46,7 @@ VICINAL_INLINE void products(const Pass& pass, int first, const float* targets, 
         for (int t = 0; t < T; ++t) {
             const F target = S::all(targets[t * DIM_BLOCK + d]);
             VICINAL_UNROLL
-            for (int v = 0; v < V; ++v) sum[t][v] = S::fma(target, source[v], sum[t][v]);
+            for (int v = 0; v < V; ++v) sum[t][v] = S::multiply(target, source[v], sum[t][v]);
         }
     }
     VICINAL_UNROLL
@@ -67,8 +67,8 @@ VICINAL_INLINE void products_of_pass(const Pass& pass, const float* targets, int
         products<S, T, 1>(pass, v, targets, dim, transposed, width, group_size, partial, finish);
 }
 
-// Dot products of all targets and vectors. `targets` holds [block of DIM_BLOCK channels][MOST_TARGETS][DIM_BLOCK];
-// with several blocks the sums so far wait in `scores`.
+// Dot products of all targets and vectors, over `dim` units. `targets` holds [block of DIM_BLOCK units][MOST_TARGETS]
+// [DIM_BLOCK]; with several blocks the sums so far wait in `scores`.
 template <class S, int T, class Finish>
 VICINAL_INLINE void dot(const Pass& pass, const float* targets, int64_t dim, const float* transposed, int64_t width,
                         float* scores, Finish& finish) {
@@ -87,12 +87,13 @@ VICINAL_INLINE void dot(const Pass& pass, const float* targets, int64_t dim, con
 }
 
 // sums[t] = factor[t] * sums[t] + weights of a pass times rows of the panel, D vectors of channels at a time;
-// factor null means that sums start at 0.
+// factor null means that sums start at 0. Weights and rows are in units, of neighboring sources.
 template <class S, int T, int D>
 VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const float* rows, int64_t width,
                                  int64_t padded, const float* factor, float* const* sums, int64_t channel) {
     constexpr int W = S::LANES;
-    constexpr uint32_t ALL = W == 32 ? ~0u : (1u << W) - 1u;
+    constexpr int UNITS = W / S::PAIR;  // of a vector of sources
+    constexpr uint32_t ALL = S::PAIR == 2 ? 0x55555555u & ((1u << W) - 1u) : (1u << W) - 1u;
     using F = typename S::F;
     F sum[T][D];
     VICINAL_UNROLL
@@ -102,34 +103,35 @@ VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const f
             sum[t][d] = factor ? S::mul(S::all(factor[t]), S::load(sums[t] + channel + d * W)) : S::zero();
     }
     for (int v = 0; v < pass.count; ++v) {
-        const float* row = rows + (pass.group[v] * width + pass.at[v]) * padded + channel;
-        const float* weight = weights + v * T * W;
+        const float* row = rows + (pass.group[v] * width + pass.at[v]) / S::PAIR * padded + channel;
+        const float* weight = weights + v * T * UNITS;
         uint32_t lanes = pass.any[v];
+        if (S::PAIR == 2) lanes = (lanes | lanes >> 1) & 0x55555555u;
         if (lanes == ALL) {
 #pragma GCC unroll 4
-            for (int lane = 0; lane < W; ++lane) {
+            for (int lane = 0; lane < UNITS; ++lane) {
                 F source[D];
                 VICINAL_UNROLL
                 for (int d = 0; d < D; ++d) source[d] = S::load(row + lane * padded + d * W);
                 VICINAL_UNROLL
                 for (int t = 0; t < T; ++t) {
-                    const F by = S::all(weight[t * W + lane]);
+                    const F by = S::all(weight[t * UNITS + lane]);
                     VICINAL_UNROLL
-                    for (int d = 0; d < D; ++d) sum[t][d] = S::fma(by, source[d], sum[t][d]);
+                    for (int d = 0; d < D; ++d) sum[t][d] = S::multiply(by, source[d], sum[t][d]);
                 }
             }
             continue;
         }
-        for (int lane = 0; lanes; ++lane, lanes >>= 1) {
+        for (int lane = 0; lanes; ++lane, lanes >>= S::PAIR) {
             if (!(lanes & 1u)) continue;
             F source[D];
             VICINAL_UNROLL
             for (int d = 0; d < D; ++d) source[d] = S::load(row + lane * padded + d * W);
             VICINAL_UNROLL
             for (int t = 0; t < T; ++t) {
-                const F by = S::all(weight[t * W + lane]);
+                const F by = S::all(weight[t * UNITS + lane]);
                 VICINAL_UNROLL
-                for (int d = 0; d < D; ++d) sum[t][d] = S::fma(by, source[d], sum[t][d]);
+                for (int d = 0; d < D; ++d) sum[t][d] = S::multiply(by, source[d], sum[t][d]);
             }
         }
     }
@@ -154,6 +156,21 @@ VICINAL_INLINE void mix(const Pass& pass, const float* weights, const float* row
     }
     for (; channel < padded; channel += W)
         mix_channels<S, T, 1>(pass, weights, rows, width, padded, factor, sums, channel);
+}
+
+// Units that so many channels make.
+template <class S>
+VICINAL_INLINE int64_t units_of(int64_t channels) {
+    return (channels + S::PAIR - 1) / S::PAIR;
+}
+
+// The weights of a pass as `mix` reads them: as they are, or narrowed in place.
+template <class S, int T>
+VICINAL_INLINE void narrow_weights(const Pass& pass, float* weights) {
+    if constexpr (S::PAIR == 2) {
+        for (int i = 0; i < pass.count * T; ++i)
+            S::store_pairs(weights + i * (S::LANES / 2), S::load(weights + i * S::LANES));
+    }
 }
 
 }  // namespace

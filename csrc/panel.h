@@ -3,6 +3,8 @@
 //   transposed  [row group][channel][column * R + row]   for scores: a vector of sources per channel
 //   rows        [row group][column * R + row][channel]   for weighted sums: a vector of channels per source
 //
+// In units of two numbers, `transposed` has half as many channels and `rows` half as many sources.
+//
 // A row group is R neighboring rows of one plane. Rows that fill a group up are zero. The rim of columns that vectors
 // may reach over is left as it is: scores there are masked, and nobody's weighted sum reads them.
 
@@ -77,6 +79,26 @@ VICINAL_INLINE void load_row(int64_t dtype, const Operand& operand, int64_t offs
     }
 }
 
+// One row of channels as units.
+template <class S>
+VICINAL_INLINE void load_units(int64_t dtype, const Operand& operand, int64_t offset, float* to) {
+    if constexpr (S::PAIR == 1) {
+        load_row<S>(dtype, operand, offset, to);
+    } else {
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(operand.data) + offset;
+        const int64_t dim = operand.dim, stride = operand.channel;
+        int64_t d = 0;
+        if (stride == 1) {
+            for (; d + 2 * S::LANES <= dim; d += 2 * S::LANES)
+                S::store(to + d / 2, S::load(reinterpret_cast<const float*>(from + d)));
+        }
+        for (; d < dim; d += 2) {
+            const uint32_t low = from[d * stride], high = d + 1 < dim ? from[(d + 1) * stride] : 0u;
+            to[d / 2] = float_of_bits(low | high << 16);
+        }
+    }
+}
+
 template <class S>
 VICINAL_INLINE void store_row(int64_t dtype, const Operand& operand, int64_t offset, const float* from, float factor) {
     constexpr int W = S::LANES;
@@ -107,7 +129,7 @@ struct Packer {
     const Chunk& chunk;
     int64_t width;
     const int32_t* columns;  // coordinates of the chunk's columns, and -1 up to a full vector
-    float* scratch;          // [W][dim rounded up], for other dtypes and strides
+    float* scratch;          // [W][dim rounded up], for rows that cannot be read where they lie
     const float* zeros;      // [dim rounded up]
 
     VICINAL_INLINE void row_coordinates(int64_t group, int64_t* plane, int64_t* rows) const {
@@ -122,8 +144,10 @@ struct Packer {
 
     // Packs one operand of one head: transposed where `transposed` is given, as rows where `rows` is.
     void pack(const Operand& operand, int64_t base, float* transposed, float* rows) const {
-        const int64_t dim = operand.dim, padded = round_up(dim, W);
-        const bool direct = dtype == VICINAL_FLOAT32 && operand.channel == 1;
+        const int64_t dim = operand.dim, padded = round_up(dim, W), units = (dim + S::PAIR - 1) / S::PAIR;
+        // rows can be read where they lie if they hold whole units
+        const bool direct = operand.channel == 1 && dim % S::PAIR == 0 && (S::PAIR == 2 || dtype == VICINAL_FLOAT32);
+        const int64_t bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
         const int64_t filled = (chunk.column_end - chunk.column_begin) * frame.R;
         int shift = 0;
         while ((1 << shift) < frame.R) ++shift;
@@ -133,8 +157,8 @@ struct Packer {
             for (int r = 0; r < frame.R; ++r)
                 offset[r] = row[r] < 0 ? -1 : base + plane * operand.axis[0] + row[r] * operand.axis[1];
             const int64_t place = group - chunk.group_begin;
-            float* to_transposed = transposed ? transposed + place * dim * width : nullptr;
-            float* to_rows = rows ? rows + place * width * padded : nullptr;
+            float* to_transposed = transposed ? transposed + place * units * width : nullptr;
+            float* to_rows = rows ? rows + place * width / S::PAIR * padded : nullptr;
             for (int64_t begin = 0; begin < filled; begin += W) {
                 const float* from[W];
                 for (int lane = 0; lane < W; ++lane) {
@@ -145,26 +169,36 @@ struct Packer {
                     }
                     const int64_t at = row_at + column * operand.axis[2];
                     if (direct) {
-                        from[lane] = reinterpret_cast<const float*>(operand.data) + at;
+                        from[lane] = reinterpret_cast<const float*>(operand.data + at * bytes);
                     } else {
-                        load_row<S>(dtype, operand, at, scratch + lane * padded);
+                        load_units<S>(dtype, operand, at, scratch + lane * padded);
                         from[lane] = scratch + lane * padded;
                     }
                 }
                 if (transposed) {
                     int64_t d = 0;
-                    for (; d + W <= dim; d += W) S::transpose(from, d, to_transposed + d * width + begin, width);
-                    for (; d < dim; ++d)
-                        for (int lane = 0; lane < W; ++lane) to_transposed[d * width + begin + lane] = from[lane][d];
+                    for (; d + W <= units; d += W) S::transpose(from, d, to_transposed + d * width + begin, width);
+                    for (; d < units; ++d)
+                        for (int lane = 0; lane < W; ++lane)
+                            std::memcpy(to_transposed + d * width + begin + lane, from[lane] + d, 4);
                 }
-                if (rows) {
-                    for (int lane = 0; lane < W; ++lane) {
-                        float* to = to_rows + (begin + lane) * padded;
-                        int64_t d = 0;
-                        for (; d + W <= dim; d += W) S::store(to + d, S::load(from[lane] + d));
-                        for (; d < padded; ++d) to[d] = d < dim ? from[lane][d] : 0.0f;
-                    }
-                }
+                if (rows) copy_rows(from, dim, padded, to_rows + begin / S::PAIR * padded);
+            }
+        }
+    }
+
+    VICINAL_INLINE void copy_rows(const float* const* from, int64_t dim, int64_t padded, float* to) const {
+        for (int lane = 0; lane < W; lane += S::PAIR, to += padded) {
+            int64_t d = 0;
+            if constexpr (S::PAIR == 1) {
+                for (; d + W <= dim; d += W) S::store(to + d, S::load(from[lane] + d));
+                for (; d < padded; ++d) to[d] = d < dim ? from[lane][d] : 0.0f;
+            } else {
+                const uint16_t* low = reinterpret_cast<const uint16_t*>(from[lane]);
+                const uint16_t* high = reinterpret_cast<const uint16_t*>(from[lane + 1]);
+                for (; d + W <= dim; d += W) S::store(to + d, S::interleave(low + d, high + d));
+                for (; d < padded; ++d)
+                    to[d] = d < dim ? float_of_bits(low[d] | static_cast<uint32_t>(high[d]) << 16) : 0.0f;
             }
         }
     }

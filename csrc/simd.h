@@ -1,7 +1,8 @@
 // Vectors of float32 for each instruction set: the few operations the kernels are written in.
 //
 // Every set is a struct with the same members: LANES, the vector type F, and functions on it. Masks are plain bits, the
-// lowest for lane 0. These headers are compiled once per instruction set with its own flags, so everything here is
+// lowest for lane 0. Dot products run over units of 32 bits: PAIR numbers each, one float32 or two bfloat16, which
+// `multiply` multiplies and sums up. A unit travels as a float whatever its bits mean. These headers are compiled once per instruction set with its own flags, so everything here is
 // in an unnamed namespace or a template over the set: nothing may be shared with code built for another machine.
 
 #ifndef VICINAL_SIMD_H
@@ -71,12 +72,14 @@ VICINAL_INLINE uint16_t float16_of_float(float value) {
 // Any machine: four lanes that compilers turn into SSE or NEON.
 struct Base {
     static constexpr int LANES = 4;
+    static constexpr int PAIR = 1;
 #if defined(__GNUC__)
     typedef float F __attribute__((vector_size(16)));
     static VICINAL_INLINE F add(F a, F b) { return a + b; }
     static VICINAL_INLINE F sub(F a, F b) { return a - b; }
     static VICINAL_INLINE F mul(F a, F b) { return a * b; }
     static VICINAL_INLINE F fma(F a, F b, F c) { return a * b + c; }
+    static VICINAL_INLINE F multiply(F a, F b, F c) { return a * b + c; }
     static VICINAL_INLINE F max(F a, F b) { return a > b ? a : b; }
 #else
     struct F {
@@ -88,6 +91,7 @@ struct Base {
     static VICINAL_INLINE F sub(F a, F b) { return {a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]}; }
     static VICINAL_INLINE F mul(F a, F b) { return {a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]}; }
     static VICINAL_INLINE F fma(F a, F b, F c) { return add(mul(a, b), c); }
+    static VICINAL_INLINE F multiply(F a, F b, F c) { return add(mul(a, b), c); }
     static VICINAL_INLINE F max(F a, F b) {
         return {a[0] > b[0] ? a[0] : b[0], a[1] > b[1] ? a[1] : b[1], a[2] > b[2] ? a[2] : b[2], a[3] > b[3] ? a[3] : b[3]};
     }
@@ -134,6 +138,7 @@ struct Base {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 struct Avx2 {
     static constexpr int LANES = 8;
+    static constexpr int PAIR = 1;
     using F = __m256;
     static VICINAL_INLINE F zero() { return _mm256_setzero_ps(); }
     static VICINAL_INLINE F all(float value) { return _mm256_set1_ps(value); }
@@ -143,6 +148,7 @@ struct Avx2 {
     static VICINAL_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static VICINAL_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static VICINAL_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static VICINAL_INLINE F multiply(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static VICINAL_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
     static VICINAL_INLINE F select(uint32_t bits, F a, F b) {
         const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -199,6 +205,7 @@ struct Avx2 {
 #if defined(__AVX512F__)
 struct Avx512 {
     static constexpr int LANES = 16;
+    static constexpr int PAIR = 1;
     using F = __m512;
     static VICINAL_INLINE F zero() { return _mm512_setzero_ps(); }
     static VICINAL_INLINE F all(float value) { return _mm512_set1_ps(value); }
@@ -208,6 +215,7 @@ struct Avx512 {
     static VICINAL_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static VICINAL_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static VICINAL_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static VICINAL_INLINE F multiply(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static VICINAL_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
     static VICINAL_INLINE F select(uint32_t bits, F a, F b) {
         return _mm512_mask_mov_ps(b, static_cast<__mmask16>(bits), a);
@@ -258,6 +266,27 @@ struct Avx512 {
         }
     }
 };
+
+#if defined(__AVX512BF16__)
+// bfloat16 in pairs, with sums in float32.
+struct Avx512Bf16 : Avx512 {
+    static constexpr int PAIR = 2;
+    static VICINAL_INLINE F multiply(F a, F b, F c) {
+        return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    }
+    // sixteen numbers as eight units, of neighboring lanes
+    static VICINAL_INLINE void store_pairs(float* to, F value) {
+        const __m256bh narrow = _mm512_cvtneps_pbh(value);
+        std::memcpy(to, &narrow, sizeof narrow);
+    }
+    // units of one number from each of two rows
+    static VICINAL_INLINE F interleave(const uint16_t* low, const uint16_t* high) {
+        const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+        const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+        return _mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    }
+};
+#endif
 #endif
 
 // 2^a, to about one unit in the last place, 0 where that is too small. The coefficients spread the relative error

@@ -18,6 +18,7 @@ enum Direction { FORWARD, BACKWARD, EXTRA };
 const TileKernels* kernels_for(const Problem& problem) {
     switch (problem.call.isa) {
         case VICINAL_AVX512_BF16:
+            return problem.call.dtype == VICINAL_BFLOAT16 ? avx512_bf16_kernels() : avx512_kernels();
         case VICINAL_AVX512: return avx512_kernels();
         case VICINAL_AVX2: return avx2_kernels();
         default: return base_kernels();
@@ -27,7 +28,7 @@ const TileKernels* kernels_for(const Problem& problem) {
 // Everything a plan depends on, as numbers.
 std::vector<int64_t> fingerprint(const std::vector<Member>& members, const Group& group, Direction direction,
                                  const PlanRequest& request) {
-    std::vector<int64_t> numbers = {direction,        request.lanes,  request.key_dim, request.value_dim,
+    std::vector<int64_t> numbers = {direction,        request.lanes,  request.pair, request.key_dim, request.value_dim,
                                     request.floats,   request.copies, group.takes_bias};
     for (int a = 0; a < AXES; ++a) {
         numbers.push_back(request.targets[a]);
@@ -221,9 +222,10 @@ std::vector<std::unique_ptr<Work>> all_work(const Problem& problem, Direction di
             work->heads = direction == FORWARD ? group.heads : group.heads / shared;
             PlanRequest request;
             request.lanes = kernels->lanes;
+            request.pair = kernels->pair;
             request.key_dim = call.head_dim;
             request.value_dim = call.value_dim;
-            request.floats = direction == FORWARD ? call.head_dim + call.value_dim : 2 * (call.head_dim + call.value_dim);
+            request.floats = (call.head_dim + call.value_dim) * (direction == FORWARD ? 1 : 2) / kernels->pair;
             request.copies = work->samples * work->heads;
             for (int a = 0; a < AXES; ++a)
                 request.targets[a] = direction == FORWARD    ? members[0].axis[a].queries

@@ -21,7 +21,7 @@ namespace vicinal {
 
 constexpr int MOST_TARGETS = 8;    // targets of a tile
 constexpr int MOST_VECTORS = 32;   // vectors of scores held at once
-constexpr int DIM_BLOCK = 128;     // channels of a dot product taken at once
+constexpr int DIM_BLOCK = 128;     // units of a dot product taken at once
 
 // The sources of the targets of one class (one residue of the step), on one axis.
 struct Interval {
@@ -105,6 +105,7 @@ struct Workspace {
 
 struct TileKernels {
     int lanes;
+    int pair;  // numbers in a unit of a dot product: 2 for bfloat16 where it has instructions
     // row_sums = sum over channels of grad_out * out, minus grad_lse, for the targets of a unit
     void (*row_sums)(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace);
     void (*forward)(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace);
@@ -118,6 +119,7 @@ struct TileKernels {
 const TileKernels* base_kernels();
 const TileKernels* avx2_kernels();    // null where the compiler could not build them
 const TileKernels* avx512_kernels();
+const TileKernels* avx512_bf16_kernels();  // for bfloat16 only
 
 }  // namespace vicinal
 

@@ -61,7 +61,7 @@ inline void grad_query_pass(const Job& job, const Panel& panel, const float* que
         score = S::select(pass.seen[v][t], S::sub(score, S::all(tile.lse[t])), nothing);
         S::store(scores + (v * T + t) * W, exp2_of<S>(score));
     };
-    dot<S, T>(pass, queries, job.query.dim, panel.transposed[0], panel.width, scores, weigh);
+    dot<S, T>(pass, queries, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, weigh);
     alignas(64) float partial[MOST_VECTORS * T * W];
     auto differentiate = [&](int v, int t, F sum) VICINAL_LAMBDA {
         float* at = scores + (v * T + t) * W;
@@ -69,7 +69,7 @@ inline void grad_query_pass(const Job& job, const Panel& panel, const float* que
         const F grad = S::mul(S::load(at), S::sub(sum, S::all(tile.row_sum[t])));
         S::store(at, S::select(pass.seen[v][t], grad, S::zero()));
     };
-    dot<S, T>(pass, grads, job.value.dim, panel.transposed[1], panel.width, partial, differentiate);
+    dot<S, T>(pass, grads, units_of<S>(job.value.dim), panel.transposed[1], panel.width, partial, differentiate);
     if (grad_bias && has_bias) {
         for (int v = 0; v < pass.count; ++v)
             for (int t = 0; t < T; ++t) {
@@ -79,6 +79,7 @@ inline void grad_query_pass(const Job& job, const Panel& panel, const float* que
     }
     alignas(64) float ones[MOST_TARGETS];
     for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;
+    narrow_weights<S, T>(pass, scores);
     mix<S, T>(pass, scores, panel.rows[0], panel.width, round_up(job.query.dim, W), tile.is_fresh ? nullptr : ones,
               tile.sums);
     tile.is_fresh = false;
@@ -98,7 +99,7 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
     packing.base[1] = sample * job.value.batch + kv_head * job.value.head;
     packing.transposed[0] = packing.transposed[1] = packing.rows[0] = true;
     packing.rows[1] = packing.lanes = false;
-    const int64_t floats = packing.floats(W);
+    const int64_t floats = packing.floats<S>();
     const int64_t tokens = job.extra_lengths ? job.extra_lengths[sample] : job.extra_tokens;
     const int num_lists = job.num_sources + (tokens ? 1 : 0);
     const auto open = [&](int list, Sources& sources) {
@@ -208,7 +209,7 @@ inline void grad_key_pass(const Job& job, const Panel& panel, const float* keys,
         score = S::select(pass.seen[v][t], S::sub(score, lse), nothing);
         S::store(scores + (v * T + t) * W, exp2_of<S>(score));
     };
-    dot<S, T>(pass, keys, job.query.dim, panel.transposed[0], panel.width, scores, weigh);
+    dot<S, T>(pass, keys, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, weigh);
     const bool needs_keys = job.grad_key.data != nullptr;
     if (needs_keys) {
         auto differentiate = [&](int v, int t, F sum) VICINAL_LAMBDA {
@@ -216,11 +217,13 @@ inline void grad_key_pass(const Job& job, const Panel& panel, const float* keys,
             const F grad = S::mul(S::load(scores + (v * T + t) * W), S::sub(sum, row_sum));
             S::store(grads + (v * T + t) * W, S::select(pass.seen[v][t], grad, S::zero()));
         };
-        dot<S, T>(pass, values, job.value.dim, panel.transposed[1], panel.width, grads, differentiate);
+        dot<S, T>(pass, values, units_of<S>(job.value.dim), panel.transposed[1], panel.width, grads, differentiate);
     }
     alignas(64) float ones[MOST_TARGETS];
     for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;
     const float* before = tile.is_fresh ? nullptr : ones;
+    narrow_weights<S, T>(pass, scores);
+    if (needs_keys) narrow_weights<S, T>(pass, grads);
     if (job.grad_value.data)
         mix<S, T>(pass, scores, panel.rows[1], panel.width, round_up(job.value.dim, W), before, tile.value_sums);
     if (needs_keys)
@@ -238,7 +241,7 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
     packing.operand[0] = job.query;
     packing.operand[1] = job.grad_out;
     packing.transposed[0] = packing.transposed[1] = packing.rows[0] = packing.rows[1] = packing.lanes = true;
-    const int64_t floats = packing.floats(W), kept = block.targets();
+    const int64_t floats = packing.floats<S>(), kept = block.targets();
     Arena arena{static_cast<char*>(
         workspace.get(STATE, (kept * (key_padded + value_padded) + targets_floats(key_dim) + targets_floats(value_dim)) * 4 + 256))};
     float* key_sums = arena.take<float>(kept * key_padded);

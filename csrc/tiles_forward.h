@@ -59,10 +59,13 @@ struct Packing {
     bool lanes;  // lse and row sums too
     int64_t lse_base, sums_base;
 
-    VICINAL_INLINE int64_t floats(int W) const {  // per source
+    template <class S>
+    VICINAL_INLINE int64_t floats() const {  // per source
         int64_t total = lanes ? 2 : 0;
-        for (int i = 0; i < 2; ++i)
-            total += (transposed[i] ? operand[i].dim : 0) + (rows[i] ? round_up(operand[i].dim, W) : 0);
+        for (int i = 0; i < 2; ++i) {
+            total += transposed[i] ? units_of<S>(operand[i].dim) : 0;
+            total += rows[i] ? round_up(operand[i].dim, S::LANES) / S::PAIR : 0;
+        }
         return total;
     }
 };
@@ -76,7 +79,7 @@ inline void fill_panel(const Job& job, const Sources& sources, const Chunk& chun
     panel.chunk = chunk;
     panel.width = panel_width(columns, f.R, f.C);
     const int64_t size = groups * panel.width;
-    Arena arena{static_cast<char*>(workspace.get(PANEL, (size * packing.floats(W) + 8 * W) * 4 + 64 * 8))};
+    Arena arena{static_cast<char*>(workspace.get(PANEL, (size * packing.floats<S>() + 8 * W) * 4 + 64 * 8))};
     const int64_t known = columns + f.C;
     const int64_t padded = round_up(most(packing.operand[0].dim, packing.operand[1].dim), W);
     Arena scratch{static_cast<char*>(workspace.get(SCRATCH, (known + padded * (W + 1)) * 4 + 64 * 4))};
@@ -90,8 +93,8 @@ inline void fill_panel(const Job& job, const Sources& sources, const Chunk& chun
     const Packer<S> packer{job.dtype, f, chunk, panel.width, coordinates, rows, zeros};
     for (int i = 0; i < 2; ++i) {
         const int64_t dim = packing.operand[i].dim;
-        panel.transposed[i] = packing.transposed[i] ? arena.take<float>(size * dim + W) : nullptr;
-        panel.rows[i] = packing.rows[i] ? arena.take<float>(size * round_up(dim, W)) : nullptr;
+        panel.transposed[i] = packing.transposed[i] ? arena.take<float>(size * units_of<S>(dim) + W) : nullptr;
+        panel.rows[i] = packing.rows[i] ? arena.take<float>(size / S::PAIR * round_up(dim, W)) : nullptr;
         if (packing.transposed[i] || packing.rows[i])
             packer.pack(packing.operand[i], packing.base[i], panel.transposed[i], panel.rows[i]);
     }
@@ -158,9 +161,9 @@ inline void forward_pass(const Job& job, const Panel& panel, const float* target
         S::store(scores + (v * T + t) * W, score);
     };
     if (has_bias)
-        dot<S, T>(pass, targets, job.query.dim, panel.transposed[0], panel.width, scores, biased);
+        dot<S, T>(pass, targets, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, biased);
     else
-        dot<S, T>(pass, targets, job.query.dim, panel.transposed[0], panel.width, scores, plain);
+        dot<S, T>(pass, targets, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, plain);
     alignas(64) float change[MOST_TARGETS + W] = {};
     VICINAL_UNROLL
     for (int t = 0; t < T; ++t) {
@@ -181,6 +184,7 @@ inline void forward_pass(const Job& job, const Panel& panel, const float* target
             S::store(at, weight);
         }
     }
+    narrow_weights<S, T>(pass, scores);
     const int64_t padded = round_up(job.value.dim, W);
     if (tile.is_fresh) {
         for (int t = 0; t < T; ++t) tile.total[t] = S::sum(total[t]);
@@ -247,7 +251,7 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
     packing.base[1] = sample * job.value.batch + kv_head * job.value.head;
     packing.transposed[0] = packing.rows[1] = true;
     packing.transposed[1] = packing.rows[0] = packing.lanes = false;
-    const int64_t floats = packing.floats(W);
+    const int64_t floats = packing.floats<S>();
     const int64_t tokens = job.extra_lengths ? job.extra_lengths[sample] : job.extra_tokens;
     const int num_lists = job.num_sources + (tokens ? 1 : 0);
     const auto open = [&](int list, Sources& sources) {

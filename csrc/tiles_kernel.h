@@ -139,15 +139,16 @@ VICINAL_INLINE void load_targets(const Block& block, const Tile& tile, const Ope
     const int64_t dtype = block.job.dtype;
     block.each_target(tile, [&](int number, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
         const int64_t offset = base + place_of(operand.axis, a, b, c);
-        if (operand.dim <= DIM_BLOCK) {
-            load_row<S>(dtype, operand, offset, to + number * DIM_BLOCK);
+        constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
+        if (operand.dim <= BLOCK) {
+            load_units<S>(dtype, operand, offset, to + number * DIM_BLOCK);
             return;
         }
         Operand part = operand;
-        for (int64_t begin = 0; begin < operand.dim; begin += DIM_BLOCK) {
-            part.dim = static_cast<int32_t>(least(DIM_BLOCK, operand.dim - begin));
-            load_row<S>(dtype, part, offset + begin * operand.channel,
-                        to + (begin / DIM_BLOCK * MOST_TARGETS + number) * DIM_BLOCK);
+        for (int64_t begin = 0; begin < operand.dim; begin += BLOCK) {
+            part.dim = static_cast<int32_t>(least(BLOCK, operand.dim - begin));
+            load_units<S>(dtype, part, offset + begin * operand.channel,
+                          to + (begin / BLOCK * MOST_TARGETS + number) * DIM_BLOCK);
         }
     });
 }
@@ -166,6 +167,12 @@ struct Sources {
     }
 };
 
+// Where vectors may begin: units of two neighboring sources must not be torn apart.
+template <class S>
+VICINAL_INLINE int64_t even_column(int R, int64_t column) {
+    return S::PAIR == 2 && R == 1 ? column & ~static_cast<int64_t>(1) : column;
+}
+
 template <class S>
 VICINAL_INLINE void open_sources(const Block& block, int list, Sources& to) {
     Frame& f = to.frame;
@@ -178,7 +185,7 @@ VICINAL_INLINE void open_sources(const Block& block, int list, Sources& to) {
     f.plane_end = most(f.axis[0]->high[block.plane.end - 1], f.plane_begin);
     f.row_begin = f.axis[1]->low[block.row.begin];
     f.row_end = most(f.axis[1]->high[block.row.end - 1], f.row_begin);
-    f.column_begin = f.axis[2]->low[block.column.begin];
+    f.column_begin = even_column<S>(f.R, f.axis[2]->low[block.column.begin]);
     f.column_end = most(f.axis[2]->high[block.column.end - 1], f.column_begin);
     const int64_t anchor = block.unit.axis[1]->anchors[block.unit.block[1] * block.job.num_sources + list];
     int64_t beyond = (f.row_begin - anchor) % f.R;
@@ -217,7 +224,7 @@ VICINAL_INLINE Cut cut_sources(const Frame& frame, int64_t panel_bytes, int64_t 
     cut.columns = columns;
     if (panel_width(columns, frame.R, frame.C) > room)
         cut.columns = most(round_up(room / frame.R - frame.C, frame.C) - frame.C, frame.C);
-    cut.columns = least(cut.columns, columns);
+    cut.columns = least(round_up(cut.columns, 2), columns);  // a chunk begins where a unit does
     cut.groups = least(most(room / panel_width(most(cut.columns, 1), frame.R, frame.C), 1), most(groups, 1));
     cut.group_chunks = groups ? (groups + cut.groups - 1) / cut.groups : 0;
     cut.column_chunks = columns ? (columns + cut.columns - 1) / cut.columns : 0;
@@ -287,7 +294,8 @@ struct Walk {
     VICINAL_INLINE void operator()(const Tile& tile, Pass& pass, const Flush& flush) const {
         const Frame& f = sources.frame;
         const int rows = tile.rows(), columns = tile.columns();
-        const int64_t column_low = most(sources.low(2, tile.column.begin), chunk.column_begin);
+        const int64_t column_low =
+            even_column<S>(sources.frame.R, most(sources.low(2, tile.column.begin), chunk.column_begin));
         const int64_t column_high = least(sources.high(2, tile.column.end - 1), chunk.column_end);
         const int64_t row_low = sources.low(1, tile.row.begin), row_high = sources.high(1, tile.row.end - 1);
         const int64_t plane_low = sources.low(0, tile.plane), plane_high = sources.high(0, tile.plane);

@@ -10,7 +10,7 @@ namespace {
 
 template <class S>
 const TileKernels* kernels_of() {
-    static const TileKernels kernels = {S::LANES, row_sums_unit<S>, forward_unit<S>, grad_query_unit<S>,
+    static const TileKernels kernels = {S::LANES, S::PAIR, row_sums_unit<S>, forward_unit<S>, grad_query_unit<S>,
                                         grad_key_value_unit<S>};
     return &kernels;
 }

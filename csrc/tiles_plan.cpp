@@ -81,6 +81,7 @@ struct Cutting {
     bool is_aligned;   // vectors begin at multiples of `unit` from the segment's first source
     int64_t most;      // targets of a tile
     double weight;     // what a vector costs beside its targets, in targets
+    bool is_even;      // vectors begin at even sources
 };
 
 using Bounds = std::vector<const SourceAxis*>;  // of all lists
@@ -101,6 +102,7 @@ int64_t vectors_of(const ClassView& view, const Cutting& cutting, int64_t segmen
             const int64_t anchor = view.low(list, segment);
             low = anchor + floor_div(low - anchor, cutting.unit) * cutting.unit;
         }
+        if (cutting.is_even) low = floor_div(low, 2) * 2;
         total += std::max<int64_t>(ceil_div(high - low, cutting.unit), 0);
     }
     return total;
@@ -162,7 +164,8 @@ std::map<std::pair<int64_t, int64_t>, int64_t> kinds_of(const ClassView& view, c
 // Cycles of a tile, counted for one plane.
 double tile_cost(const PlanRequest& request, double targets, double vectors) {
     const double lanes = request.lanes, busy = std::max(targets, 3.0);
-    const double scores = request.key_dim * busy / 2, sums = ceil_div(request.value_dim, request.lanes) * lanes * busy / 2;
+    const double scores = request.key_dim * busy / 2 / request.pair;
+    const double sums = ceil_div(request.value_dim, request.lanes) * lanes * busy / 2 / request.pair;
     return vectors * (scores + sums + 12 * targets + 12) + 15 * targets + 90;
 }
 
@@ -186,7 +189,8 @@ Shape choose_shape(const PlanRequest& request, const ClassView& rows, const Clas
         for (const auto& size : SIZES) {
             if ((size[0] > 1 && rows.targets == 1) || (size[1] > 1 && columns.targets == 1)) continue;
             for (double weight : {0.25, 1.0, 3.0}) {
-                const Cutting row_cut{R, true, size[0], weight}, column_cut{request.lanes / R, false, size[1], weight};
+                const Cutting row_cut{R, true, size[0], weight, false};
+                const Cutting column_cut{request.lanes / R, false, size[1], weight, request.pair == 2 && R == 1};
                 const auto row_kinds = kinds_of(rows, row_cut, cut_class(rows, row_cut));
                 const auto column_kinds = kinds_of(columns, column_cut, cut_class(columns, column_cut));
                 double cost = 0;
@@ -384,7 +388,7 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     const Shape shape = choose_shape(request, some_of(rows), some_of(columns), widest(request.lists, plan->order[1]));
     plan->rows_per_vector = shape.rows_per_vector;
     plan->panel_bytes = PANEL_BYTES;
-    const Cutting plane_cut{1, false, 1, 0.0};
+    const Cutting plane_cut{1, false, 1, 0.0, false};
     const Cutting cuts[AXES] = {plane_cut, shape.rows, shape.columns};
     std::vector<BlockSize> sizes[AXES];
     const ClassView* firsts[AXES] = {&planes, &rows, &columns};

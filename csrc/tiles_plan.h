@@ -28,6 +28,7 @@ struct PlanRequest {
     std::vector<SourceList> lists;
     int64_t targets[AXES];
     int lanes;
+    int pair;                    // numbers in a unit
     int64_t key_dim, value_dim;  // channels of a score, and of a weighted sum
     int64_t floats;              // packed per source
     int64_t copies;              // batch times heads: how often the units are run
