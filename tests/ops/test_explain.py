@@ -91,9 +91,9 @@ def test_second_derivatives_are_told_of() -> None:
 
 def test_windows_are_cut_without_waste_and_windows_that_slide_with_some() -> None:
     query = torch.empty(1, 56, 56, 4, 32, device="meta")
-    blocks = vicinal.explain(query, query, query, Window(7)).tiles["members"][0]
+    blocks = vicinal.explain(query, query, query, Window(7), backend="tiled").tiles["members"][0]
     assert all(tiles["waste"] == 1 and not tiles["masked"] for tiles in blocks)
-    sliding = vicinal.explain(query, query, query, Near(7)).tiles["members"][0]
+    sliding = vicinal.explain(query, query, query, Near(7), backend="tiled").tiles["members"][0]
     assert all(1 < tiles["waste"] < 12 and tiles["masked"] for tiles in sliding)
 
 

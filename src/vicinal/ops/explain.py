@@ -67,7 +67,7 @@ def explain(
     >>> query = torch.empty(1, 56, 56, 2, 32, device="meta")
     >>> explanation = explain(query, query, query, Near(7))
     >>> explanation.backend, explanation.flops
-    ('tiled', 39337984)
+    ('cpu', 39337984)
     """
     query, key, value, extra_key, extra_value, extra_query = under_autocast(
         query, key, value, extra_key, extra_value, extra_query

@@ -98,15 +98,18 @@ class _Attend(torch.autograd.Function):
 
 
 def _below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> Any:
+    if (keyset & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() == torch._C.DispatchKey.CPU:
+        # nothing stands between here and the kernel, neither a mode nor a subclass: a trip through the dispatcher
+        # would only turn all arguments into C++ values and back, which takes longer than a tiny problem
+        with torch._C._AutoDispatchBelowAutograd():
+            return _attend(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         attend = torch.ops.vicinal.attend.default
         return attend.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
 def _attend_autograd(keyset: Any, *arguments: Any) -> Any:
-    if torch.is_grad_enabled() and any(
-        isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in arguments[:7]
-    ):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return _Attend.apply(keyset, *arguments)
     return _below_autograd(keyset, arguments)
 

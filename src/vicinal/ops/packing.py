@@ -9,6 +9,7 @@ before it looks at the tensor is the `Layout`.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import dataclasses
 import functools
@@ -99,6 +100,16 @@ class Layout:
                 (axis.step, int(axis.wraps), axis.most) for member in group.members for axis in member
             )
         return tuple(numbers)
+
+    @functools.cached_property
+    def words(self) -> array.array[int]:
+        """`packed` in memory, for kernels that take an address."""
+        return array.array("q", self.packed)
+
+    @functools.cached_property
+    def address(self) -> tuple[int, int]:
+        """Where `words` lie, and how many."""
+        return self.words.buffer_info()
 
     @staticmethod
     def unpack(numbers: Sequence[int]) -> Layout:

@@ -50,7 +50,11 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp."""
     query = inputs.query
     shape = query.shape
-    out = torch.empty((*shape[:-1], inputs.value.shape[-1]), dtype=query.dtype)
+    value_dim = inputs.value.shape[-1]
+    if value_dim == shape[-1] and query.is_contiguous():
+        out = torch.empty_like(query)  # the quickest way
+    else:
+        out = torch.empty((*shape[:-1], value_dim), dtype=query.dtype)
     lse = torch.empty(shape[:-1], dtype=_wide(query))
     bias, extra_lengths = _bias(inputs), _lengths(inputs)  # held here: the record has only their addresses
     library.call(library.load().attend, _record(inputs, bias, extra_lengths, out, lse))

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ABI = 1
 STRATEGIES = ("auto", "simple", "tiles")
 ISAS = ("best", "base", "avx2", "avx512", "avx512_bf16")
@@ -113,20 +115,21 @@ def call(function: Function, *arguments: Any) -> None:
 
 
 class _Process:
-    """Whether this process was forked off from one that had imported vicinal."""
+    """How many threads this process may use."""
 
-    is_forked = False
+    num_threads: Callable[[], int] = staticmethod(torch.get_num_threads)
 
 
-def _note_fork() -> None:
-    _Process.is_forked = True
+def _use_one_thread() -> None:
+    _Process.num_threads = staticmethod(lambda: 1)
 
 
 if hasattr(os, "register_at_fork"):
-    # The library notices a fork by itself, but only once it is loaded; torch may have used its threads before.
-    os.register_at_fork(after_in_child=_note_fork)
+    # OpenMP's threads do not survive a fork and would be waited for forever. The library notices a fork by itself,
+    # but only once it is loaded, and torch may have used its threads before.
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
-def is_forked() -> bool:
-    """Whether threads must not be used, since OpenMP's do not survive a fork and would be waited for forever."""
-    return _Process.is_forked
+def num_threads() -> int:
+    """Torch's number of threads; 1 in a process that was forked off from one that had imported vicinal."""
+    return _Process.num_threads()

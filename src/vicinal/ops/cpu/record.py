@@ -6,7 +6,6 @@ tensors that are there, absent ones being zero bytes.
 
 from __future__ import annotations
 
-import array
 import functools
 import struct
 
@@ -39,11 +38,6 @@ def _struct(ranks: tuple[int, ...]) -> struct.Struct:
     return struct.Struct("".join(parts))
 
 
-@functools.lru_cache(maxsize=1024)
-def _layout_words(layout: Layout) -> array.array[int]:
-    return array.array("q", layout.packed)
-
-
 _PADDING = {1: (0, 0), 2: (0,), 3: ()}
 
 
@@ -61,20 +55,29 @@ def pack(
 ) -> bytes:
     """The record of a call. `tables` is their address, rows and words; `tensors` may be empty for a description."""
     loaded = library.load()
-    words = _layout_words(layout)
-    address, length = words.buffer_info()
-    batch, *grid, heads, head_dim = query_shape
-    rank = len(grid)
+    rank = len(query_shape) - 3
     padding = _PADDING[rank]
     values = [
-        *(library.ABI, DTYPES[dtype], rank, batch, heads, key_shape[-2], head_dim, value_dim, extra_tokens),
-        *grid,
+        library.ABI,
+        DTYPES[dtype],
+        rank,
+        query_shape[0],
+        query_shape[-2],
+        key_shape[-2],
+        query_shape[-1],
+        value_dim,
+        extra_tokens,
+        *query_shape[1:-2],
         *padding,
         *key_shape[1:-2],
         *padding,
         *tables,
-        *(address, length, bias_words),
-        *(1 if library.is_forked() else torch.get_num_threads(), loaded.strategy, loaded.isa, scale),
+        *layout.address,
+        bias_words,
+        library.num_threads(),
+        loaded.strategy,
+        loaded.isa,
+        scale,
     ]
     ranks = []
     for tensor in tensors:

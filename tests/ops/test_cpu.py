@@ -1,0 +1,289 @@
+"""What is particular to the compiled CPU back end: strategies, instruction sets, threads, processes, strides."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import vicinal
+from vicinal.ops import backend as backends
+from vicinal.ops.cpu import library
+from vicinal.pattern import Full, Near, Window, heads, union
+
+from .problems import PROBLEMS, SAMPLE, Problem
+from .test_agreement import short
+from .tolerance import assert_agrees, judge, run
+
+Forced = Callable[..., None]
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forced]:
+    """Calls that force a strategy or an instruction set for the rest of the test."""
+
+    def force(strategy: str = "auto", isa: str = "best") -> None:
+        monkeypatch.setenv("VICINAL_CPU_STRATEGY", strategy)
+        monkeypatch.setenv("VICINAL_CPU_ISA", isa)
+        library.load.cache_clear()
+        library.load()
+
+    yield force
+    monkeypatch.undo()
+    library.load.cache_clear()
+
+
+def is_built(strategy: str) -> bool:
+    """Whether the library has a strategy; `tiles` is being written."""
+    query = torch.zeros(1, 4, 1, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VICINAL_CPU_STRATEGY", strategy)
+        library.load.cache_clear()
+        try:
+            vicinal.attention(query, query, query, Near(3), backend="cpu")
+        except ValueError:
+            return False
+        finally:
+            library.load.cache_clear()
+    return True
+
+
+HAS_TILES = is_built("tiles")
+STRATEGIES = [
+    "simple",
+    pytest.param("tiles", marks=pytest.mark.skipif(not HAS_TILES, reason="the tiled strategy is not built yet")),
+]
+ISAS = library.ISAS[1 : library.ISAS.index(library.load().best_isa) + 1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_strategy_agrees_with_the_oracle(problem: Problem, strategy: str, forced: Forced) -> None:
+    forced(strategy)
+    assert_agrees(run(problem, torch.float32, "cpu"), judge(problem, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("problem", SAMPLE, ids=str)
+def test_instruction_set_agrees_with_the_oracle(problem: Problem, isa: str, dtype: torch.dtype, forced: Forced) -> None:
+    forced(isa=isa)
+    assert_agrees(run(problem, dtype, "cpu"), judge(problem, dtype))
+
+
+@pytest.mark.skipif(library.load().best_isa == library.ISAS[-1], reason="this machine has every instruction set")
+def test_instruction_set_that_the_machine_lacks_is_refused(forced: Forced) -> None:
+    forced(isa=library.ISAS[-1])
+    query = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match=r"isa must not be avx512_bf16: this machine and this build .* have"):
+        vicinal.attention(query, query, query, Near(3), backend="cpu")
+
+
+@pytest.mark.parametrize("variable", ["VICINAL_CPU_STRATEGY", "VICINAL_CPU_ISA"])
+def test_environment_variable_of_no_meaning_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load.cache_clear()
+    monkeypatch.setenv(variable, "fastest")
+    with pytest.raises(ValueError, match=f"{variable} must be one of .*, got 'fastest'"):
+        library.load()
+    monkeypatch.undo()
+    assert library.load()
+
+
+def results(threads: int = 1, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Outputs and gradients of a few problems, whole bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return [part for problem in SAMPLE for part in run(problem, dtype, "cpu").values()]
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_bits_whatever_the_number_of_threads(strategy: str, forced: Forced) -> None:
+    forced(strategy)
+    once = results()
+    for threads in (2, 3, 8):
+        assert same_bits(once, results(threads)), threads
+
+
+def test_several_python_threads_at_once_get_what_one_gets() -> None:
+    once = results(2)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(same_bits(once, found) for found in pool.map(lambda _: results(2), range(8)))
+
+
+def _send_results(sender: Any) -> None:
+    sender.send([part.numpy() for part in results(4)])
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_forked_child_computes_without_waiting_for_threads_it_does_not_have() -> None:
+    """OpenMP's threads are not in the child; gcc's waits for them forever."""
+    once = results(4)  # this process has used threads
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_send_results, args=(sender,), daemon=True)
+    child.start()
+    try:
+        assert receiver.poll(120), "the child hangs"
+        assert same_bits(once, [torch.from_numpy(part) for part in receiver.recv()])
+    finally:
+        child.kill()
+        child.join()
+
+
+class Attended(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        query = torch.arange(1 * 9 * 2 * 8, dtype=torch.float32).reshape(1, 9, 2, 8).sin() + index
+        return vicinal.attention(query, query, query, Near(3), backend="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_data_loader_worker_computes() -> None:
+    here = list(torch.utils.data.DataLoader(Attended(), batch_size=2))
+    workers = torch.utils.data.DataLoader(Attended(), batch_size=2, num_workers=2, timeout=120)
+    assert same_bits(here, list(workers))
+
+
+def layouts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The same numbers, differently in memory."""
+    last = tensor.dim() - 1
+    yield tensor.movedim(-2, 1).contiguous().movedim(1, -2)  # heads first
+    yield tensor.movedim(-1, 1).contiguous().movedim(1, -1)  # channels before the grid: strided channels
+    yield torch.cat([tensor, tensor], last)[..., tensor.shape[-1] :]  # one of several packed in a row
+    shifted = torch.full((tensor.numel() + 1,), torch.nan, dtype=tensor.dtype)[1:].view(tensor.shape)
+    shifted.copy_(tensor)  # starts at an odd address of its elements
+    yield shifted
+    spaced = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan, dtype=tensor.dtype)[..., ::2]
+    spaced.copy_(tensor)
+    yield spaced
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strided_views_give_what_contiguous_tensors_give(dtype: torch.dtype, strategy: str, forced: Forced) -> None:
+    forced(strategy if dtype != torch.float64 else "simple")
+    tensors = [torch.randn(2, 7, 9, heads, 16).to(dtype) for heads in (4, 2, 2)]
+    grad = torch.randn(2, 7, 9, 4, 16).to(dtype)
+
+    def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        given = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        out = vicinal.attention(*given, Near(5), backend="cpu")
+        return [out.detach(), *torch.autograd.grad(out, given, grad)]
+
+    wanted = attended(*tensors, grad)
+    for views in zip(*map(layouts, (*tensors, grad)), strict=True):
+        for found, expected in zip(attended(*views), wanted, strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_expanded_gradient_is_taken_as_it_is() -> None:
+    query = torch.randn(1, 6, 7, 2, 8, requires_grad=True)
+    vicinal.attention(query, query, query, Near(3), backend="cpu").sum().backward()  # a gradient of stride 0
+    ours, query.grad = query.grad, None
+    vicinal.attention(query, query, query, Near(3), backend="tiled").sum().backward()
+    torch.testing.assert_close(ours, query.grad)
+
+
+def test_minus_infinity_in_a_bias_hides_a_key() -> None:
+    query, bias = torch.randn(1, 9, 2, 8, requires_grad=True), torch.zeros(2, 5)
+    bias[:, 0] = bias[0, 4] = -torch.inf
+    wanted = vicinal.attention(query, query, query, Near(3), bias=bias, backend="reference")
+    found = vicinal.attention(query, query, query, Near(3), bias=bias, backend="cpu")
+    torch.testing.assert_close(found, wanted)
+    (slope,) = torch.autograd.grad(found.sin().sum(), query)
+    torch.testing.assert_close(slope, torch.autograd.grad(wanted.sin().sum(), query)[0])
+
+
+def test_nan_comes_through_where_it_is_seen_and_only_there() -> None:
+    query, key = torch.randn(1, 12, 1, 8), torch.randn(1, 12, 1, 8)
+    key[0, 6] = torch.nan
+    out = vicinal.attention(query, key, query, Near(3), backend="cpu")
+    assert out.isnan().any(-1).flatten().tolist() == [abs(index - 6) < 2 for index in range(12)]
+
+
+def test_record_that_contradicts_itself_is_an_error_and_not_a_crash() -> None:
+    query, extra = torch.randn(1, 6, 1, 8), torch.randn(1, 2, 1, 8)
+    tables, layout = torch.zeros(1, 3, dtype=torch.int32), (1, 1, 1, 1, 5, 1, 0, 3)
+    arguments = (query, query, query, tables, None, extra, extra, None, layout, 1.0, "cpu")
+    with pytest.raises(ValueError, match=r"CPU kernels refuse the call: table_words must be 22 .*, got 3"):
+        torch.ops.vicinal.attend(*arguments)
+
+
+@pytest.mark.parametrize("pattern", [Near(5), heads(Near(3), Full()), union(Near(3), Window(4))], ids=repr)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_description_counts_the_pairs(pattern: Any, strategy: str, forced: Forced) -> None:
+    forced(strategy)
+    query = torch.empty(2, 9, 11, 2, 16)
+    explanation = vicinal.explain(query, query, query, pattern)
+    groups = explanation.tiles["groups"]
+    assert explanation.backend == "cpu"
+    assert {group["strategy"] for group in groups} == {strategy}
+    heads_of_group = 2 // len(groups)
+    pairs = sum(group["pairs"] * heads_of_group for group in groups)
+    assert explanation.flops == 2 * 2 * pairs * (16 + 16)
+    assert all(group["waste"] >= 1 for group in groups)
+
+
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installation without the library."""
+    from vicinal.ops import resolve
+
+    def forget() -> None:
+        for remembered in (library.load, library.reason_missing, backends._warn_of_slow_path, resolve._choose):
+            remembered.cache_clear()
+
+    monkeypatch.setattr(library, "_PATH", library._PATH.with_name("_missing.so"))
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.usefixtures("missing")
+def test_missing_library_is_told_once_and_the_portable_path_taken() -> None:
+    query = torch.randn(1, 9, 2, 8)
+    with pytest.warns(UserWarning, match="without its compiled kernels, many times slower: its library was not built"):
+        vicinal.attention(query, query, query, Near(3))
+    vicinal.attention(query, query, query, Near(5))  # and not again: warnings are errors here
+    explanation = vicinal.explain(query, query, query, Near(3))
+    assert explanation.backend == "tiled"
+    assert "its library was not built" in explanation.refused["cpu"][0]
+
+
+@pytest.mark.usefixtures("missing")
+def test_missing_library_is_refused_by_name() -> None:
+    query = torch.randn(1, 9, 2, 8)
+    with pytest.raises(vicinal.BackendRefused, match="'cpu' cannot take this problem: cpu its library was not built"):
+        vicinal.attention(query, query, query, Near(3), backend="cpu")
+
+
+def test_library_of_another_interface_is_refused(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "ABI", 99)
+    with pytest.raises(OSError, match=r"has interface 1, this version of vicinal needs 99"):
+        library.load()
+
+
+def test_import_does_not_load_the_library() -> None:
+    script = (
+        "import vicinal; from vicinal.ops.cpu import library; "
+        "assert not library.load.cache_info().currsize, 'loaded by the import'"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
