@@ -136,7 +136,8 @@ def _import_modeling() -> Any:
 def _check_shape(modeling: Any) -> None:
     """Raise `HostChanged` unless all that is replaced or used is as expected."""
     module: Any = getattr(modeling, "NeighborhoodAttention", None)
-    if not inspect.isclass(module):
+    is_class = inspect.isclass(module)
+    if not is_class:
         raise _changed("there is no class NeighborhoodAttention")
     if not callable(getattr(modeling, "requires_backends", None)):
         raise _changed("there is no requires_backends")

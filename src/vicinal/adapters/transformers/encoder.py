@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -23,6 +23,8 @@ from vicinal.pattern.compose import check_pattern
 
 LayerPatterns: TypeAlias = AnyPattern | list[AnyPattern] | Callable[[int], AnyPattern]
 """A pattern for all layers, a list with one per layer, or a function of the layer's number from 0."""
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 PREFIX_TOKENS = {"deit": 2, "siglip_vision_model": 0, "ijepa": 0, "videomae": 0}
 """How many tokens stand before the grid, by `model_type`; elsewhere a class token and the configured registers."""
@@ -82,7 +84,7 @@ def register_attention(
     AttentionMaskInterface.register(name, _mask)
 
 
-def number_layers(model: torch.nn.Module) -> torch.nn.Module:
+def number_layers(model: Model) -> Model:
     """Tell each attention module its layer (`layer_idx`, from 0) where the host did not; returns the model.
 
     The number is the last one in the module's place: 3 for `encoder.layers.3.attention`.
@@ -95,6 +97,8 @@ def number_layers(model: torch.nn.Module) -> torch.nn.Module:
     [0, 1]
     """
     found = False
+    place: str
+    module: Any  # takes any attribute
     for place, module in model.named_modules():
         forward = inspect.unwrap(type(module).forward)
         code = getattr(forward, "__code__", None)
@@ -103,7 +107,7 @@ def number_layers(model: torch.nn.Module) -> torch.nn.Module:
         found = True
         numbers = [int(part) for part in place.split(".") if part.isdecimal()]
         if numbers and getattr(module, "layer_idx", None) is None:
-            module.layer_idx = numbers[-1]  # type: ignore[assignment] - a module takes any attribute
+            module.layer_idx = numbers[-1]
     if not found:
         raise ValueError(f"model must use transformers' attention interface, {type(model).__name__} does not")
     return model
