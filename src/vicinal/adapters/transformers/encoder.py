@@ -14,19 +14,28 @@ from operator import index
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function
 
+from vicinal.adapters.transformers.host import HostChanged
 from vicinal.ops import apply_scores, attention, attention_scores
 from vicinal.pattern import AnyPattern, Bounds, Near, bounds
 from vicinal.pattern.compose import check_pattern
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function
+except ImportError as error:
+    raise HostChanged(f"register_attention() does not fit this transformers: {error}") from error
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # where it is not, models hand on by themselves that weights are asked for
+    _active_collector = None
 
 LayerPatterns: TypeAlias = AnyPattern | list[AnyPattern] | Callable[[int], AnyPattern]
 """A pattern for all layers, a list with one per layer, or a function of the layer's number from 0."""
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-PREFIX_TOKENS = {"deit": 2, "siglip_vision_model": 0, "ijepa": 0, "videomae": 0}
+PREFIX_TOKENS = {"deit": 2, "siglip_vision_model": 0, "ijepa": 0}
 """How many tokens stand before the grid, by `model_type`; elsewhere a class token and the configured registers."""
 
 RESERVED = ("eager", "sdpa", "flash", "flex", "/", "|", ":")
@@ -67,7 +76,7 @@ def register_attention(
     """
     if not isinstance(name, str) or not name or any(part in name for part in RESERVED):
         raise ValueError(f"name must be a word without any of {', '.join(RESERVED)}, got {name!r}")
-    standing = AttentionInterface._global_mapping.get(name)
+    standing = AttentionInterface().get(name)
     if standing is not None and not isinstance(standing, _GridAttention):
         raise ValueError(f"name must not be one that transformers or somebody else has registered, got {name!r}")
     if isinstance(pattern, list) and not pattern:
@@ -141,8 +150,7 @@ class _GridAttention:
         pattern = self._pattern(module, config)
         tokens = _Tokens(*(_Parts.of(tensor, prefix, grid) for tensor in (query, key, value)))
         out = tokens.attend(pattern, scaling, self.backend)
-        has_weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
-        return out, tokens.weights(pattern, scaling) if has_weights else None
+        return out, tokens.weights(pattern, scaling) if _are_weights_wanted(config, kwargs) else None
 
     def _refuse(
         self,
@@ -191,8 +199,8 @@ class _GridAttention:
         what = "no grid was given, and they are no square" if wanted is None else f"grid is {wanted}"
         raise ValueError(
             f"attn_implementation={self.name!r}: {tokens} tokens are {prefix} prefix tokens and {cells} on the grid, "
-            f"but {what}; give grid=(rows, columns) with the model's call, and num_prefix_tokens to "
-            "register_attention where that number is another one"
+            f"but {what}; give grid=(rows, columns) with the model's call or (where the model does not hand it on) "
+            "to register_attention, and num_prefix_tokens where that number is another one"
         )
 
     def _pattern(self, module: torch.nn.Module, config: Any) -> AnyPattern:
@@ -286,6 +294,16 @@ def _mask(*, mask_function: Any = None, attention_mask: Any = None, **sizes: Any
             "attention_mask must be None for attention by a pattern, and the model must not want a mask of its own "
             "(causal, sliding or packed); the pattern says who sees whom"
         )
+
+
+def _are_weights_wanted(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the host was asked for attention weights, also where its layers do not hand the question on."""
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        return True
+    if _active_collector is None or torch.compiler.is_compiling():
+        return False  # a compiler cannot follow the collector
+    collected = _active_collector.get()
+    return collected is not None and "attentions" in collected
 
 
 def _configured_grid(config: Any) -> tuple[int, ...] | None:
