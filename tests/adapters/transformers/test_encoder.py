@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -16,81 +12,11 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from vicinal.adapters.transformers import HostChanged, encoder, number_layers, register_attention
+from vicinal.adapters.transformers import encoder, number_layers, register_attention
 
-SMALL = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=48, patch_size=8
-)
-"""A grid of 6 x 6."""
-
-MODELS = {
-    "ViT": (1, {}),
-    "Dinov2": (1, {}),
-    "Dinov2WithRegisters": (4, {"num_register_tokens": 3}),
-    "DINOv3ViT": (3, {"num_register_tokens": 2}),
-    "DeiT": (2, {}),
-    "SiglipVision": (0, {}),
-    "IJepa": (0, {}),
-}
-"""Prefix tokens, and what the configuration says besides `SMALL`."""
+from .encoders import MODELS, answer, build, call, on, register_dense, sees
 
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-@pytest.fixture(autouse=True)
-def no_names_left(monkeypatch):
-    """Names registered in a test are forgotten after it."""
-    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
-        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
-
-
-def build(name, **changes):
-    """A model with random weights, such that attention matters, on the host's dense attention."""
-    own = {"mlp_ratio": 1} if name.startswith("Dinov2") else {}
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **own, **MODELS[name][1], **changes})
-    model = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation="eager")
-    for _, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def on(model, name, pattern, **options):
-    """The model on attention by a pattern."""
-    register_attention(name, pattern, **options)
-    model.set_attn_implementation(name)
-    return model
-
-
-def sees(pattern, grid, prefix, num_heads):
-    """Who sees whom, `[heads, tokens, tokens]`, with prefix tokens that see and are seen by all."""
-    cells = vicinal.pattern.mask(pattern, grid)
-    count = 1
-    for size in grid:
-        count *= size
-    cells = cells.reshape(-1, count, count)
-    cells = cells.repeat_interleave(num_heads // len(cells), 0)
-    whole = torch.ones(num_heads, prefix + count, prefix + count, dtype=torch.bool)
-    whole[:, prefix:, prefix:] = cells
-    return whole
-
-
-def register_dense(name, allowed):
-    """Dense attention with the given masks, a list with one per layer in the order of the calls."""
-    masks = itertools.cycle(allowed)
-
-    def dense(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        assert attention_mask is None
-        scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~next(masks), -torch.inf)
-        weights = scores.softmax(-1)
-        return (weights @ value).transpose(1, 2), weights
-
-    transformers.AttentionInterface.register(name, dense)
-
-
-def answer(model, images, **kwargs):
-    with torch.no_grad():
-        return model(images, **kwargs).last_hidden_state
 
 
 @every_model
@@ -271,69 +197,6 @@ def test_weights_that_the_configuration_asks_for_come_too():
     torch.testing.assert_close(ours[1], dense[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 37), (1, 1, 37, 37)])
-def test_a_mask_is_refused(shape):
-    model = on(build("ViT"), "ours", Near(3))
-    with pytest.raises(ValueError, match="attention_mask must be None"):
-        answer(model, torch.randn(1, 3, 48, 48), attention_mask=torch.ones(shape))
-
-
-def test_dropout_is_refused_in_training_only():
-    model = on(build("ViT", attention_probs_dropout_prob=0.1), "ours", Near(3))
-    answer(model, torch.randn(1, 3, 48, 48))
-    with pytest.raises(ValueError, match=r"dropout of attention probabilities must be 0, got 0\.1"):
-        answer(model.train(), torch.randn(1, 3, 48, 48))
-
-
-def test_a_windowed_model_is_refused_for_its_mask():
-    config = transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[2], image_size=32, window_size=4)
-    model = on(transformers.SwinModel(config).eval(), "ours", Near(3))
-    with pytest.raises(ValueError, match="attention_mask must be None"):
-        model(torch.randn(1, 3, 32, 32))
-
-
-def test_a_causal_model_is_refused():
-    config = transformers.LlamaConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9
-    )
-    model = on(transformers.LlamaModel(config).eval(), "ours", Near(3), grid=(4,), num_prefix_tokens=0)
-    with pytest.raises(ValueError, match="must not want a mask of its own"):
-        model(torch.ones(1, 4, dtype=torch.long))
-
-
-def test_a_host_of_another_shape_is_named(monkeypatch):
-    monkeypatch.delattr(transformers.masking_utils, "bidirectional_mask_function")
-    spec = importlib.util.spec_from_file_location("encoder_again", encoder.__file__)
-    with pytest.raises(HostChanged, match=r"does not fit this transformers: .*bidirectional_mask_function"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-def call(name="ours", *, module=None, query=None, key=None, **kwargs):
-    query = torch.randn(1, 4, 9, 8) if query is None else query
-    key = query if key is None else key
-    attend = transformers.AttentionInterface._global_mapping[name]
-    return attend(module or SimpleNamespace(), query, key, key, None, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"is_causal": True}, "is_causal must be false"),
-        ({"module": SimpleNamespace(is_causal=True)}, "is_causal must be false"),
-        ({"position_bias": torch.zeros(1)}, "position_bias must be None"),
-        ({"softcap": 30.0, "s_aux": 1.0}, "softcap, s_aux must be None"),
-        ({"key": torch.randn(1, 4, 7, 8)}, "got 9 queries and 7 keys"),
-        ({"grid": (0, 9)}, r"each at least 1, got \(0, 9\)"),
-        ({"grid": (2, 4)}, r"but grid is \(2, 4\)"),
-    ],
-    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
-)
-def test_what_it_cannot_do_is_refused(given, message):
-    register_attention("ours", Near(3), num_prefix_tokens=0)
-    with pytest.raises(ValueError, match=message):
-        call(**given)
-
-
 def test_shared_key_heads_and_other_ranks_work():
     register_attention("ours", Near(3), num_prefix_tokens=2)
     query, key = torch.randn(2, 4, 2 + 24, 8), torch.randn(2, 2, 2 + 24, 8)
@@ -342,39 +205,6 @@ def test_shared_key_heads_and_other_ranks_work():
     scores = (query @ shared.transpose(2, 3) * 0.3).masked_fill(~sees(Near(3), (2, 3, 4), 2, 4), -torch.inf)
     torch.testing.assert_close(weights, scores.softmax(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out, (scores.softmax(-1) @ shared).transpose(1, 2), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["", "eager", "sdpa", "my_flash", "owner/kernel", "paged|near", 3])
-def test_names_that_mean_something_are_refused(name):
-    with pytest.raises(ValueError, match="name must be a word without any of eager"):
-        register_attention(name, Near(3))
-
-
-def test_a_name_of_somebody_else_is_refused():
-    transformers.AttentionInterface.register("theirs", print)
-    with pytest.raises(ValueError, match="somebody else has registered, got 'theirs'"):
-        register_attention("theirs", Near(3))
-    register_attention("ours", Near(3))
-    register_attention("ours", Near(5))
-    assert transformers.AttentionInterface._global_mapping["ours"].pattern == Near(5)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "options", "message"),
-    [
-        ([], {}, "list of at least one pattern"),
-        ("near", {}, "pattern"),
-        ([Near(3), 7], {}, "pattern"),
-        ((Near(3), Near(3)), {"grid": (4,)}, "axes|axis"),
-        (vicinal.bounds(Near(3), (6, 6)), {"grid": (5, 5)}, r"this Bounds has grid \(6, 6\)"),
-        (Near(3), {"grid": ()}, "one to three sizes"),
-        (Near(3), {"num_prefix_tokens": -1}, "num_prefix_tokens must be 0 or more"),
-    ],
-)
-def test_what_is_no_pattern_is_refused_when_it_is_registered(pattern, options, message):
-    with pytest.raises(ValueError, match=message):
-        register_attention("ours", pattern, **options)
-    assert "ours" not in transformers.AttentionInterface._global_mapping
 
 
 def test_tables_work_as_a_pattern():

@@ -26,7 +26,7 @@ CONFIGS = {
 
 @pytest.fixture
 def no_downloads(monkeypatch):
-    """`from_pretrained` builds a small model with random weights; registered names are forgotten."""
+    """`from_pretrained` builds a small model with random weights."""
     for name, config in CONFIGS.items():
         model = getattr(transformers, name)
 
@@ -35,8 +35,6 @@ def no_downloads(monkeypatch):
             return model._from_config(config(), **options)
 
         monkeypatch.setattr(model, "from_pretrained", build)
-    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
-        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
     yield
     unpatch_dinat()
 

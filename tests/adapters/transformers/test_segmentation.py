@@ -19,7 +19,7 @@ from transformers.models.dinat import modeling_dinat
 
 from vicinal.adapters.transformers import patch_dinat, unpatch_dinat
 
-from .test_dinat import dense_forward
+from .dense import dense_forward
 
 WORDS, LENGTH, TEXTS = 99, 7, 6
 SIZE = (96, 64)
