@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -16,6 +19,28 @@ import torch
 hypothesis.settings.register_profile("local", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=120, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
+
+
+def mended_torchvision() -> torch.library.Library | None:
+    """Name the operators without which torchvision, and with it every host, cannot be imported.
+
+    The wheel on PyPI is built for CUDA; beside a CPU build of torch its own library cannot be loaded. Where that
+    is in order, there is nothing to do.
+    """
+    found = importlib.util.find_spec("torchvision")
+    places = [] if found is None else found.submodule_search_locations or []
+    for library in (path for place in places for path in Path(place).glob("_C*.so")):
+        try:
+            ctypes.CDLL(str(library))
+        except OSError:
+            names = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"):
+                names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            return names
+    return None
+
+
+TORCHVISION = mended_torchvision()  # the names last as long as somebody holds them
 
 
 def pytest_configure(config: pytest.Config) -> None:
