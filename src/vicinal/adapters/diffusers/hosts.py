@@ -88,7 +88,7 @@ HOSTS = {
     ),
 }
 
-_JOINT = re.compile(
+JOINT = re.compile(
     r"(Flux\d?|HunyuanVideo.*|HunyuanImage|CogVideoX|CogView\w*|SD3|QwenImage\w*|Mochi|Chroma)Transformer\dDModel"
 )
 """Models whose attention runs over text and video tokens together."""
@@ -106,7 +106,7 @@ def host_of(model: nn.Module) -> Host:
     hint = "a compiled or wrapped model is given before it is compiled or wrapped"
     if "DiffusionPipeline" in names:
         hint = "give the model in the pipeline, such as pipeline.transformer"
-    elif any(map(_JOINT.fullmatch, names)):
+    elif any(map(JOINT.fullmatch, names)):
         hint = "its attention runs over text and video tokens together, which is not covered yet"
     elif names:
         hint = "other models of diffusers are not covered yet"
