@@ -205,7 +205,9 @@ def measured(case: Case, is_backward: bool, seconds: float) -> dict[str, Any]:
         entries.append(entry)
     direction = "forward+backward" if is_backward else "forward"
     checked = {"against": peer, "error": error}
-    return {"case": dataclasses.asdict(case), "direction": direction, "checked": checked, "entries": entries}
+    load = round(os.getloadavg()[0], 2)
+    row = {"case": dataclasses.asdict(case), "direction": direction, "load_average": load, "checked": checked}
+    return {**row, "entries": entries}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -222,6 +224,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "part", nargs="?", default="", help="only the cases with this in their name; others keep theirs"
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="for the timing of each row, about")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
@@ -229,19 +234,25 @@ def main() -> None:
     if options.peak:
         print_peak(*options.peak)
         return
-    load, rows = os.getloadavg()[0], []
-    for case in CASES.values():
-        for is_backward in (False, True):
-            print(f"{case.name}, {'forward and backward' if is_backward else 'forward'} ...", file=sys.stderr)
-            rows.append(measured(case, is_backward, options.seconds))
+    old = json.loads(options.output.read_text())["rows"] if options.part and options.output.exists() else []
+    rows = {(row["case"]["name"], row["direction"]): row for row in old}
+    for case in (case for case in CASES.values() if options.part in case.name):
+        for direction in ("forward", "forward+backward"):
+            print(f"{case.name}, {direction} ...", file=sys.stderr)
+            rows[case.name, direction] = measured(case, direction != "forward", options.seconds)
+            save(list(rows.values()), options.output)
+    print(table(list(rows.values())))
+
+
+def save(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """After every row, so that an interrupted run keeps what it has."""
     found = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(),
-        "settings": {"diffusers": diffusers.__version__, "dtype": "float32", "load_average": round(load, 2)},
+        "settings": {"diffusers": diffusers.__version__, "dtype": "float32"},
         "rows": rows,
     }
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(rows))
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

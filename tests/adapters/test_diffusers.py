@@ -67,7 +67,7 @@ class Dense:
 
 def wan(**changes: Any) -> Any:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "freq_dim": 8}
-    return diffusers.WanTransformer3DModel(text_dim=8, in_channels=4, out_channels=4, **sizes, **changes).eval()
+    return diffusers.WanTransformer3DModel(text_dim=8, in_channels=4, out_channels=4, **{**sizes, **changes}).eval()
 
 
 def wan_call(model: Any, video: torch.Tensor) -> torch.Tensor:
@@ -359,6 +359,17 @@ def test_half_precision_stays_half_precision(dtype):
     assert_close(found, wanted, 8 * torch.finfo(dtype).eps)
 
 
+def test_a_compiled_model_is_one_graph_and_reads_the_grid_of_each_call():
+    model = apply(wan(num_layers=1), LOCAL)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for shape in [(1, 8, 16), (1, 16, 8)]:  # as many tokens
+        video = torch.randn(1, 4, *shape)
+        with torch.no_grad():
+            assert_close(wan_call(compiled, video), wan_call(model, video))
+    torch._dynamo.reset()
+
+
 def test_the_pattern_may_depend_on_the_layer_and_leave_one_alone():
     model = wan()
     own = model.blocks[0].attn1.processor
@@ -429,6 +440,30 @@ def test_a_copy_has_its_own_grid_and_can_be_restored():
     restore(other)
     assert not other._forward_pre_hooks
     assert len(model._forward_pre_hooks) == 1
+
+
+def test_processors_set_over_ours_stay_and_the_watching_ends():
+    model = wan()
+    theirs = model.blocks[0].attn1.processor
+    apply(model, LOCAL).set_attn_processor(theirs)
+    assert len(model._forward_pre_hooks) == 1
+    restore(model)
+    assert all(processor is theirs for processor in processors(model))
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # the host's norms under autocast
+@pytest.mark.parametrize(("make", "call"), [*VIDEO.values(), (ltx, decoded)], ids=[*VIDEO, "ltx"])
+def test_autocast_is_obeyed(make, call):
+    model = make()
+    draw(model)
+    video = torch.randn(1, 4, 2, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = call(model, video)
+        found = call(apply(model, "ltx-decoder" if make is ltx else Full()), video)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    assert_close(found, wanted, 8 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_weights_saved_with_ours_load_without(tmp_path):

@@ -82,8 +82,11 @@ def restore(model: nn.Module) -> nn.Module:
         processor = getattr(module, "processor", None)
         if isinstance(processor, Processor):
             module.set_processor(processor.replaced)  # type: ignore[operator]
-            if processor.source is not None:
-                processor.source.detach()
+    # found by the hooks, so also where somebody has set other processors over ours
+    for hook in list(model._forward_pre_hooks.values()):
+        source = getattr(hook, "__self__", None)
+        if isinstance(source, GridSource):
+            source.detach()
     return model
 
 
