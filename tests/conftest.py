@@ -21,11 +21,11 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=120, dera
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 
-def mended_torchvision() -> torch.library.Library | None:
+def mend_torchvision() -> None:
     """Name the operators without which torchvision, and with it every host, cannot be imported.
 
-    The wheel on PyPI is built for CUDA; beside a CPU build of torch its own library cannot be loaded. Where that
-    is in order, there is nothing to do.
+    The wheel on PyPI is built for CUDA; beside a CPU build of torch its own library cannot be loaded. Where that is in
+    order, there is nothing to do.
     """
     found = importlib.util.find_spec("torchvision")
     places = [] if found is None else found.submodule_search_locations or []
@@ -33,14 +33,13 @@ def mended_torchvision() -> torch.library.Library | None:
         try:
             ctypes.CDLL(str(library))
         except OSError:
-            names = torch.library.Library("torchvision", "DEF")
             for name in ("nms", "qnms"):
-                names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            return names
-    return None
+                if not hasattr(torch.ops.torchvision, name):
+                    schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                    torch.library.define(f"torchvision::{name}", schema)
 
 
-TORCHVISION = mended_torchvision()  # the names last as long as somebody holds them
+mend_torchvision()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,6 +341,14 @@ def test_a_failed_call_leaves_no_grid_behind():
         model.blocks[0].attn1(torch.randn(1, 7, 24))
 
 
+def test_a_call_without_a_video_fails_with_the_hosts_words():
+    model = apply(wan(), LOCAL)
+    with pytest.raises(TypeError, match="missing 3 required positional arguments: 'hidden_states'"):
+        model()
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        wan_call(model, torch.randn(1, 4, 8, 8))
+
+
 def test_fused_projections_give_the_same():
     model = apply(wan(), LOCAL)
     video = torch.randn(1, 4, 3, 8, 10)
@@ -532,6 +543,16 @@ def test_arguments_that_mean_nothing_are_refused(make, choice, grid, said):
         apply(make(), choice, grid=grid)
 
 
+def test_the_back_end_is_the_one_asked_for():
+    model, video = wan(), torch.randn(1, 4, 2, 4, 4)
+    with pytest.raises(ValueError, match="nothing"):
+        apply(model, LOCAL, backend="nothing")
+    with torch.no_grad():
+        wanted = wan_call(apply(model, LOCAL), video)
+        assert_close(wan_call(apply(model, LOCAL, backend="reference"), video), wanted)
+    assert {processor.backend for processor in ours(model)} == {"reference"}
+
+
 def test_a_processor_that_does_something_else_is_not_thrown_away():
     model = wan()
     model.blocks[1].attn1.set_processor(Masked(None, torch.ones(1)))
@@ -587,3 +608,15 @@ def test_without_diffusers_the_import_says_how_to_get_it():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert ran.returncode
     assert "ModuleNotFoundError: vicinal.adapters.diffusers needs diffusers 0.42 or newer: pip install" in ran.stderr
+
+
+def test_the_page_shows_the_measured_figures():
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("ltx_decoder", root / "benchmarks" / "ltx_decoder.py")
+    script = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:  # dataclasses look their module up
+        patch.setitem(sys.modules, "ltx_decoder", script)
+        spec.loader.exec_module(script)
+    page, found = (root / "docs" / "diffusers.md").read_text(), json.loads(script.RESULTS.read_text())
+    assert [row["case"]["name"] for row in found["rows"][::2]] == list(script.CASES)
+    assert script.shown(page, found) == page, "run benchmarks/ltx_decoder.py again"

@@ -9,26 +9,29 @@ hooks on the model notes the grid of the video it is called with.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
 from vicinal.adapters.diffusers.grid import GridSource
 from vicinal.adapters.diffusers.hosts import Host, host_of, layers_of
 from vicinal.adapters.diffusers.processors import Processor
+from vicinal.ops.backend import check_name
 from vicinal.pattern.bounds import AnyPattern, Bounds
 from vicinal.pattern.compose import check_pattern, pattern_rank
 from vicinal.pattern.numbers import as_grid
 
 __all__ = ["apply", "restore"]
 
+Model = TypeVar("Model", bound=nn.Module)
+
 Choice: TypeAlias = str | AnyPattern | Callable[[int], AnyPattern | None]
 """A preset's name, one pattern for every layer, or a function from a layer's number to its pattern."""
 
 
 def apply(
-    model: nn.Module, preset_or_pattern: Choice, grid: Sequence[int] | None = None, *, backend: str | None = None
-) -> nn.Module:
+    model: Model, preset_or_pattern: Choice, grid: Sequence[int] | None = None, *, backend: str | None = None
+) -> Model:
     """Let the self-attention of a diffusers model see what a pattern lets it see.
 
     >>> from diffusers import WanTransformer3DModel
@@ -58,6 +61,7 @@ def apply(
     layers = layers_of(host, model)
     patterns = _patterns(host, preset_or_pattern, layers)
     source = _grid_source(host, model, grid)
+    check_name(backend)
     # all that can be refused has been; from here on the model changes
     restore(model)
     for layer, pattern in zip(layers, patterns, strict=True):
@@ -68,7 +72,7 @@ def apply(
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Give a model back the processors that `apply` took away; a model without ours stays as it is.
 
     >>> from diffusers import CosmosTransformer3DModel

@@ -38,7 +38,9 @@ class GridSource:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the model runs: note the grid of the video it is called with."""
-        video = kwargs[self.name] if self.name in kwargs else args[0]
+        video = kwargs.get(self.name, args[0] if args else None)
+        if not isinstance(video, torch.Tensor) or video.dim() != 5:
+            return  # the model itself says what is wrong
         grid = tuple(size // patch for size, patch in zip(video.shape[-3:], self.patch_size, strict=True))
         tokens = math.prod(grid)
         self.current = grid
