@@ -214,7 +214,7 @@ def table(found: dict[str, Any]) -> str:
         for entry in row["entries"]:
             start = f"| {row['case']['name']} | {row['direction']} | {entry['name']} |"
             if entry["reason"]:
-                lines.append(f"{start} {entry['reason']} | | |")
+                lines.append(f"{start} {entry['reason'].split('. ')[0]} | | |")
                 continue
             ratio = "" if entry["name"] == OURS else f"{entry['ours_faster']:.1f}x"
             lines.append(f"{start} {entry['median_ms']:.0f} | {entry['peak_mb']:.0f} | {ratio} |")
