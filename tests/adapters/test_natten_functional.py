@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -154,6 +155,16 @@ def test_nattens_own_kernels_are_refused_by_name() -> None:
         natten.na2d(query, query, query, kernel_size=3, attention_kwargs={"scale": 2.0})
     reference = natten.na2d(query, query, query, kernel_size=3, backend="reference")
     torch.testing.assert_close(reference, natten.na2d(query, query, query, kernel_size=3))
+
+
+def test_nested_tensors_are_refused() -> None:
+    parts = [torch.randn(5, 2, 8), torch.randn(7, 2, 8)]
+    for layout in (torch.strided, torch.jagged):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls them a prototype
+            query = torch.nested.nested_tensor(parts, layout=layout)
+        with pytest.raises(ValueError, match=r"query must be a dense .* nested"):
+            natten.na1d(query, query, query, kernel_size=3)
 
 
 def test_zero_is_a_scale() -> None:

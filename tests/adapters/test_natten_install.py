@@ -12,14 +12,15 @@ import pytest
 import vicinal
 
 SOURCE = Path(vicinal.__file__).parents[1]
+PAGE = Path(__file__).parents[2] / "docs" / "natten.md"
 
 
 def fresh(code: str, *paths: Path) -> None:
-    """Run code in an interpreter of its own; `paths` are searched first. Its assertions are the test."""
+    """Run code in an interpreter of its own, which gets the path of our page; `paths` are searched first."""
     before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     search = os.pathsep.join([*map(str, paths), str(SOURCE), *before])
     ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-W", "error", "-c", code, str(PAGE)],
         env={**os.environ, "PYTHONPATH": search},
         capture_output=True,
         text=True,
@@ -45,7 +46,7 @@ def stranger(tmp_path: Path) -> Path:
 
 def test_install_answers_every_way_to_import() -> None:
     fresh("""
-import importlib, importlib.metadata, importlib.util, inspect, pickle, sys
+import importlib, importlib.metadata, importlib.util, inspect, pathlib, pickle, re, sys
 import torch
 import vicinal
 
@@ -60,6 +61,11 @@ assert not any(name.startswith("vicinal.adapters") for name in sys.modules)
 import vicinal.adapters.natten as ours
 assert not any(name.split(".")[0] in ("natten", "transformers", "diffusers", "timm") for name in sys.modules)
 assert on_disk() == before, "importing the adapter installs nothing"
+
+for example in re.findall(r"```python\\n(.*?)```", pathlib.Path(sys.argv[1]).read_text(), re.DOTALL):
+    exec(example)
+assert natten2dav is ours.functional.natten2dav and sys.modules["natten"].__version__ == "0.17.5"
+ours.uninstall()
 
 ours.install()
 ours.install()  # again does nothing
