@@ -104,6 +104,15 @@ def test_every_early_name_is_the_same_function() -> None:
         assert torch.equal(getattr(functional, f"natten{rank}dav")(bare, query, *split), out)
 
 
+def test_calls_without_a_kernel_size_are_refused() -> None:
+    # until 0.14.5 the last number was the dilation; a window of 9 and a dilation of 3 would pass for a kernel of 3
+    query, attn = torch.randn(1, 2, 9, 9, 8), torch.randn(1, 2, 9, 9, 9)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'dilation'"):
+        functional.natten2dav(attn, query, 3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'dilation'"):
+        functional.natten2dqkrpb(query, query, torch.zeros(2, 5, 5), 3)  # type: ignore[call-arg]
+
+
 def test_three_axes_take_one_kernel_or_two() -> None:
     query = torch.randn(1, 2, 6, 10, 11, 4)
     window = {"kernel_size": (3, 5, 5), "dilation": (1, 2, 2)}

@@ -200,8 +200,42 @@ def natten3dqkrpb(
     return na3d_qk(query, key, kernel_size_d, kernel_size, dilation_d, dilation, rpb=rpb)
 
 
-natten1dqk, natten1dav = na1d_qk, na1d_av
-natten2dqk, natten2dav = na2d_qk, na2d_av
+def natten1dqk(query: torch.Tensor, key: torch.Tensor, kernel_size: Sizes, dilation: Sizes) -> torch.Tensor:
+    """`na1d_qk` under its early name; its dilation must be given, for once the kernel was left out.
+
+    >>> natten1dqk(torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4), 3, 1).shape
+    torch.Size([1, 2, 9, 3])
+    """
+    return na1d_qk(query, key, kernel_size, dilation)
+
+
+def natten1dav(attn: torch.Tensor, value: torch.Tensor, kernel_size: Sizes, dilation: Sizes) -> torch.Tensor:
+    """`na1d_av` under its early name; its dilation must be given, for once the kernel was left out.
+
+    >>> natten1dav(torch.randn(1, 2, 9, 3), torch.randn(1, 2, 9, 4), 3, 1).shape
+    torch.Size([1, 2, 9, 4])
+    """
+    return na1d_av(attn, value, kernel_size, dilation)
+
+
+def natten2dqk(query: torch.Tensor, key: torch.Tensor, kernel_size: Sizes, dilation: Sizes) -> torch.Tensor:
+    """`na2d_qk` under its early name; its dilation must be given, for once the kernel was left out.
+
+    >>> natten2dqk(torch.randn(1, 2, 5, 6, 4), torch.randn(1, 2, 5, 6, 4), 3, 1).shape
+    torch.Size([1, 2, 5, 6, 9])
+    """
+    return na2d_qk(query, key, kernel_size, dilation)
+
+
+def natten2dav(attn: torch.Tensor, value: torch.Tensor, kernel_size: Sizes, dilation: Sizes) -> torch.Tensor:
+    """`na2d_av` under its early name; its dilation must be given, for once the kernel was left out.
+
+    >>> natten2dav(torch.randn(1, 2, 5, 6, 9), torch.randn(1, 2, 5, 6, 4), 3, 1).shape
+    torch.Size([1, 2, 5, 6, 4])
+    """
+    return na2d_av(attn, value, kernel_size, dilation)
+
+
 natten3dqk, natten3dav = na3d_qk, na3d_av
 
 
