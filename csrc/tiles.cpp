@@ -176,6 +176,8 @@ void fill_job(const Problem& problem, const std::vector<Member>& members, const 
         }
         for (int a = 0; a < AXES; ++a) job.bias_stride[a] = strides[order[a]];
         job.bias_head = stride;
+        if (direction == BACKWARD && !has_plain_centers(members))
+            for (int a = 0; a < AXES; ++a) job.center[a] = members[0].axis[order[a]].center;
     }
     if (direction == EXTRA) {
         job.key = job.extra_key;
@@ -219,7 +221,9 @@ std::vector<std::unique_ptr<Work>> all_work(const Problem& problem, Direction di
             work->sample_begin = sample;
             work->samples = each_sample ? 1 : call.batch;
             work->group = static_cast<int64_t>(g);
-            work->heads = direction == FORWARD ? group.heads : group.heads / shared;
+            work->heads = direction == FORWARD
+                              ? group.heads
+                              : (group.first_head + group.heads - 1) / shared - group.first_head / shared + 1;
             PlanRequest request;
             request.lanes = kernels->lanes;
             request.pair = kernels->pair;
@@ -284,7 +288,7 @@ void run_all(const Problem& problem, const std::vector<std::unique_ptr<Work>>& a
 // Writes one number into all rows of a view that lie outside a sample's own grid, for all heads.
 template <class Item>
 void fill_outside(const View& view, int64_t sample, const int64_t* grid, const int64_t* own, int64_t heads, int64_t dim, Item item) {
-    if (!view) return;
+    if (!view || (own[0] >= grid[0] && own[1] >= grid[1] && own[2] >= grid[2])) return;
     for (int64_t a = 0; a < grid[0]; ++a)
         for (int64_t b = 0; b < grid[1]; ++b)
             for (int64_t c = a < own[0] && b < own[1] ? own[2] : 0; c < grid[2]; ++c)
@@ -315,6 +319,14 @@ OwnGrid own_grid(const Problem& problem, int64_t sample) {
         own.keys[a] = problem.members_of(sample, 0)[0].axis[a].length;
     }
     return own;
+}
+
+// Whether the query heads of a key head belong to different groups.
+bool splits_key_heads(const Problem& problem) {
+    const int64_t shared = problem.call.heads / problem.call.kv_heads;
+    for (const Group& group : problem.groups)
+        if (group.first_head % shared) return true;
+    return false;
 }
 
 // Gradient of the bias: heads and a fixed number of shares of their units, each with a table of its own.
@@ -364,7 +376,6 @@ void tiles_forward(const Problem& problem) {
                 k.forward(job, unit, sample, head, memory);
             },
             FORWARD);
-    if (problem.members.size() == 1) return;
     for (int64_t sample = 0; sample < call.batch; ++sample) {
         const OwnGrid own = own_grid(problem, sample);
         zero_outside(problem, problem.out, sample, problem.grid, own.queries, call.heads, call.value_dim);
@@ -396,17 +407,25 @@ void tiles_backward(const Problem& problem) {
                 FORWARD);
     const Visit key_value = [](const TileKernels& k, const Job& job, const Unit& unit, int64_t sample, int64_t head,
                                const Workspace& memory) { k.grad_key_value(job, unit, sample, head, memory); };
-    if (problem.grad_key || problem.grad_value)
-        run_all(problem, all_work(problem, BACKWARD, kernels), kernels, key_value, BACKWARD);
+    if (problem.grad_key || problem.grad_value) {
+        auto all = all_work(problem, BACKWARD, kernels);
+        if (splits_key_heads(problem)) {  // groups that share a key head come one after the other
+            for (auto& work : all) {
+                std::vector<std::unique_ptr<Work>> one;
+                one.push_back(std::move(work));
+                run_all(problem, one, kernels, key_value, BACKWARD);
+            }
+        } else {
+            run_all(problem, all, kernels, key_value, BACKWARD);
+        }
+    }
     if (problem.grad_extra_key || problem.grad_extra_value)
         run_all(problem, all_work(problem, EXTRA, kernels), kernels, key_value, EXTRA);
     for (int64_t sample = 0; sample < call.batch; ++sample) {
-        if (problem.members.size() > 1) {
-            const OwnGrid own = own_grid(problem, sample);
-            zero_outside(problem, problem.grad_query, sample, problem.grid, own.queries, call.heads, call.head_dim);
-            zero_outside(problem, problem.grad_key, sample, problem.key_grid, own.keys, call.kv_heads, call.head_dim);
-            zero_outside(problem, problem.grad_value, sample, problem.key_grid, own.keys, call.kv_heads, call.value_dim);
-        }
+        const OwnGrid own = own_grid(problem, sample);
+        zero_outside(problem, problem.grad_query, sample, problem.grid, own.queries, call.heads, call.head_dim);
+        zero_outside(problem, problem.grad_key, sample, problem.key_grid, own.keys, call.kv_heads, call.head_dim);
+        zero_outside(problem, problem.grad_value, sample, problem.key_grid, own.keys, call.kv_heads, call.value_dim);
         const int64_t tokens[AXES] = {1, 1, call.extra_tokens};
         const int64_t own_tokens[AXES] = {1, 1, problem.extra_key ? problem.extra_length(sample) : 0};
         zero_outside(problem, problem.grad_extra_key, sample, tokens, own_tokens, call.kv_heads, call.head_dim);
@@ -414,28 +433,21 @@ void tiles_backward(const Problem& problem) {
     }
 }
 
-// Tiles take everything but float64, and two rare backwards: a bias between two grids, whose index is no straight line
-// along the queries, and a key head whose query heads belong to different groups.
+// Tiles take everything but float64. Where groups share a key head, its gradient is added up in the tensor, which costs
+// the short types too much precision.
 vicinal_strategy choose_strategy(const Problem& problem) {
+    const bool writes_keys = problem.grad_key || problem.grad_value;
     if (problem.is_double) return VICINAL_SIMPLE;
-    if (!problem.grad_key && !problem.grad_value) return VICINAL_TILES;
-    const int64_t shared = problem.call.heads / problem.call.kv_heads;
-    for (size_t g = 0; g < problem.groups.size(); ++g) {
-        const Group& group = problem.groups[g];
-        if (group.first_head % shared || group.heads % shared) return VICINAL_SIMPLE;
-        if (!problem.bias || !group.takes_bias) continue;
-        for (const auto& row : problem.members)
-            if (!has_plain_centers(row[g])) return VICINAL_SIMPLE;
-    }
-    return VICINAL_TILES;
+    return writes_keys && problem.call.dtype != VICINAL_FLOAT32 && splits_key_heads(problem) ? VICINAL_SIMPLE : VICINAL_TILES;
 }
 
 void tiles_describe(const Problem& problem, vicinal_description* groups) {
     const TileKernels* kernels = kernels_for(problem);
+    simple_describe(problem, groups);  // counts the pairs, which members of a union may share
     for (const auto& work : all_work(problem, FORWARD, kernels)) {
         if (work->sample_begin) break;
         groups[work->group] = {VICINAL_TILES,     problem.call.isa,  kernels->lanes,       work->plan->rows_per_vector,
-                               work->plan->tiles, work->plan->pairs, work->plan->computed, work->units()};
+                               work->plan->tiles, groups[work->group].pairs, work->plan->computed, work->units()};
     }
 }
 

@@ -151,7 +151,7 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
         each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
             Panel panel;
             fill_panel<S>(job, sources, chunk, packing, panel, workspace);
-            const Walk<S> walk{block, sources, chunk, bias, true};
+            const Walk<S> walk{block, sources, chunk, bias, true, nullptr};
             block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
                 load_targets<S>(block, tile, job.query, query_base, queries);
                 if (job.grad_out.data)
@@ -231,6 +231,22 @@ inline void grad_key_pass(const Job& job, const Panel& panel, const float* keys,
     tile.is_fresh = false;
 }
 
+// Writes factor * sums, or adds it to what is there.
+template <class S>
+inline void write_row(int64_t dtype, const Operand& operand, int64_t offset, float* sums, float factor, bool adds) {
+    if (adds) {
+        Operand one = operand;
+        one.dim = 1;
+        for (int64_t d = 0; d < operand.dim; ++d) {
+            float before;
+            load_row<S>(dtype, one, offset + d * operand.channel, &before);
+            sums[d] = sums[d] * factor + before;
+        }
+        factor = 1.0f;
+    }
+    store_row<S>(dtype, operand, offset, sums, factor);
+}
+
 template <class S>
 void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace) {
     constexpr int W = S::LANES;
@@ -253,6 +269,7 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
     const int64_t key_base = sample * job.key.batch + head * job.key.head;
     const int64_t value_base = sample * job.value.batch + head * job.value.head;
     TileRoom<S> room;
+    alignas(64) float bias_room[MOST_VECTORS * MOST_TARGETS * W];
     KeyTile state;
     Sources sources;
     // the group's query heads that share this key head
@@ -269,7 +286,7 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
             each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
                 Panel panel;
                 fill_panel<S>(job, sources, chunk, packing, panel, workspace);
-                const Walk<S> walk{block, sources, chunk, bias, false};
+                const Walk<S> walk{block, sources, chunk, bias, false, bias_room};
                 block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
                     load_targets<S>(block, tile, job.key, key_base, keys);
                     load_targets<S>(block, tile, job.value, value_base, values);
@@ -287,16 +304,18 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
             });
         }
     }
+    // where heads of an earlier group share this key head, they have written their part
+    const bool adds = head * job.shared < job.first_head;
     const int64_t to_key = sample * job.grad_key.batch + head * job.grad_key.head;
     const int64_t to_value = sample * job.grad_value.batch + head * job.grad_value.head;
     block.each_tile([&](const Tile& tile) {
         block.each_target(tile, [&](int, int64_t a, int64_t b, int64_t c, int64_t place) {
             if (job.grad_key.data)
-                store_row<S>(job.dtype, job.grad_key, to_key + place_of(job.grad_key.axis, a, b, c),
-                             key_sums + place * key_padded, job.scale);
+                write_row<S>(job.dtype, job.grad_key, to_key + place_of(job.grad_key.axis, a, b, c),
+                             key_sums + place * key_padded, job.scale, adds);
             if (job.grad_value.data)
-                store_row<S>(job.dtype, job.grad_value, to_value + place_of(job.grad_value.axis, a, b, c),
-                             value_sums + place * value_padded, 1.0f);
+                write_row<S>(job.dtype, job.grad_value, to_value + place_of(job.grad_value.axis, a, b, c),
+                             value_sums + place * value_padded, 1.0f, adds);
         });
     });
 }

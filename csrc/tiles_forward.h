@@ -48,6 +48,7 @@ inline BiasTable bias_of(const Job& job, int64_t head, const Workspace& workspac
         remembered->head = head;
     }
     table.data = data;
+    table.source = job.bias + head * job.bias_head;
     return table;
 }
 
@@ -297,7 +298,7 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
         each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
             Panel panel;
             fill_panel<S>(job, sources, chunk, packing, panel, workspace);
-            const Walk<S> walk{block, sources, chunk, bias, true};
+            const Walk<S> walk{block, sources, chunk, bias, true, nullptr};
             block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
                 load_targets<S>(block, tile, job.query, query_base, targets);
                 state.is_fresh = !keeps_state;

@@ -20,7 +20,8 @@ enum Slot { PANEL, STATE, COLUMNS, SCRATCH, BIAS };
 // reversed on every axis where targets are keys.
 struct BiasTable {
     const float* data = nullptr;
-    int64_t plane, row;  // strides
+    const float* source = nullptr;  // the table as it was given
+    int64_t plane, row;             // strides
     int64_t length[3];
     int R, C;
 
@@ -250,6 +251,7 @@ struct Walk {
     const Chunk& chunk;
     const BiasTable& bias;
     bool targets_are_queries;
+    float* bias_room;  // [MOST_VECTORS][MOST_TARGETS][LANES], where biases must be looked up one by one
 
     VICINAL_INLINE uint32_t column_lanes(int64_t low, int64_t high, int64_t begin) const {
         const int R = sources.frame.R;
@@ -337,7 +339,12 @@ struct Walk {
                     pass.any[n] = any;
                     pass.group[n] = place - chunk.group_begin;
                     pass.at[n] = (column - chunk.column_begin) * f.R;
-                    if (has_bias) add_bias(tile, pass.bias[n], plane, row, column);
+                    if (has_bias) {
+                        if (block.job.center[0])
+                            look_up_bias(tile, pass.bias[n], n, plane, row, column);
+                        else
+                            add_bias(tile, pass.bias[n], plane, row, column);
+                    }
                     if (++pass.count == MOST_VECTORS) {
                         flush(pass);
                         pass.count = 0;
@@ -362,6 +369,34 @@ struct Walk {
             any |= seen[t];
         });
         return any;
+    }
+
+    // Where targets are keys and the centers of queries are not their coordinates, as between two grids.
+    inline void look_up_bias(const Tile& tile, const float** to, int vector, int64_t plane, int64_t row, int64_t column) const {
+        const Frame& f = sources.frame;
+        const Job& job = block.job;
+        block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) {
+            const int64_t key[3] = {a, b, c};
+            const int64_t target[3] = {tile.plane, tile.row.begin + t / tile.columns(),
+                                       tile.column.begin + t % tile.columns()};
+            float* room = bias_room + (vector * MOST_TARGETS + t) * W;
+            for (int lane = 0; lane < W; ++lane) {
+                const int64_t place[3] = {plane, row + lane % f.R, column + lane / f.R};
+                float number = 0.0f;
+                int64_t at = 0;
+                for (int d = 0; d < 3; ++d) {
+                    const Interval& axis = *f.axis[d];
+                    if (place[d] < axis.low[target[d]] || place[d] >= axis.high[target[d]]) break;
+                    const int64_t center = job.center[d][axis.first + axis.step * place[d]];
+                    // key and center differ by whole steps; bias_offset is half the table less the key's place in steps
+                    const int64_t beyond = (key[d] % axis.step - center) / axis.step;
+                    at += (job.bias_length[d] - 1 - axis.bias_offset[target[d]] + beyond) * job.bias_stride[d];
+                    if (d == 2) number = bias.source[at] * LOG2_E;
+                }
+                room[lane] = number;
+            }
+            to[t] = room;
+        });
     }
 
     VICINAL_INLINE void add_bias(const Tile& tile, const float** to, int64_t plane, int64_t row, int64_t column) const {

@@ -413,7 +413,7 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
         }
     }
     for (const SourceList& list : request.lists) plan->member_of_list.push_back(list.member);
-    plan->tiles = plan->pairs = plan->computed = 0;
+    plan->tiles = plan->computed = 0;
     for (const ClassAxis& a : plan->classes[0])
         for (const ClassAxis& b : plan->classes[1])
             for (const ClassAxis& c : plan->classes[2]) {
@@ -423,14 +423,13 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
                         for (int32_t k = 0; k < c.axis.num_blocks; ++k)
                             plan->units.push_back({{&a.axis, &b.axis, &c.axis}, {i, j, k}});
             }
-    // pairs are a product over the axes, class by class and list by list
+    // what is computed is a product over the axes, list by list
     for (size_t list = 0; list < request.lists.size(); ++list) {
-        int64_t seen[AXES] = {0, 0, 0}, computed[AXES] = {0, 0, 0};
+        int64_t computed[AXES] = {0, 0, 0};
         for (int a = 0; a < AXES; ++a)
             for (int64_t residue = 0; residue < static_cast<int64_t>(plan->classes[a].size()); ++residue) {
                 const Bounds own{bounds[a][list]};
                 const ClassView one{own, residue, step[a], plan->classes[a][residue].axis.targets};
-                for (int64_t t = 0; t < one.targets; ++t) seen[a] += one.high(0, t) - one.low(0, t);
                 const std::vector<int64_t> begins = segments_of(one);
                 size_t s = 0;
                 for (const Run& tile : plan->classes[a][residue].tiles) {
@@ -439,7 +438,6 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
                                    vectors_of(one, cuts[a], begins[s], tile.begin, tile.end);
                 }
             }
-        plan->pairs += seen[0] * seen[1] * seen[2];
         plan->computed += computed[0] * computed[1] * computed[2];
     }
     return plan;

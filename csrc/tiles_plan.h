@@ -50,7 +50,7 @@ struct Plan {
     std::vector<ClassAxis> classes[AXES];  // on each axis in its new place
     std::vector<Unit> units;
     std::vector<int32_t> member_of_list;
-    int64_t tiles, pairs, computed;
+    int64_t tiles, computed;  // of all classes
 };
 
 // Lists of sources for queries that look at keys, one per member.
