@@ -10,6 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml constraints.txt
+LIBRARY := setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
 # pip's isolated builds take constraints from the environment: older pips from PIP_CONSTRAINT, newer ones from
 # PIP_BUILD_CONSTRAINT. Both are lists separated by spaces, so a space in the path is written as in a URL.
@@ -20,21 +21,34 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint format types bench clean
+.PHONY: help demo test test-slow sanitize lint format types bench clean
 
 help:  ## this list
 	@echo "Vicinal: make <target>"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
-demo: .venv/.with-demo  ## the tour: a page of pictures and figures, demo/index.html
+demo: .venv/.with-demo .venv/.library  ## the tour: a page of pictures and figures, demo/index.html
 	$(BIN)/vicinal tour --out demo
 
 # Each worker computes with one thread: workers x cores threads would fight for the same cores.
-test: .venv/.with-test .venv/.with-natten  ## the tests, in parallel, without the slow ones
+test: .venv/.with-test .venv/.with-natten .venv/.library  ## the tests, in parallel, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
 
-test-slow: .venv/.with-test  ## the slow tests only
+test-slow: .venv/.with-test .venv/.library  ## the slow tests only
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -m "slow and not gpu" $(ARGS)
+
+# A second build of the kernels, in which every wrong access and every undefined operation ends the program.
+SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := build/sanitized/vicinal/_cpu.so
+sanitize: .venv/.with-test $(SANITIZED)  ## the CPU kernels' tests under AddressSanitizer and UBSan (Linux, gcc)
+	OMP_NUM_THREADS=1 LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
+		ASAN_OPTIONS=detect_leaks=0 VICINAL_CPU_LIBRARY=$(abspath $(SANITIZED)) \
+		$(BIN)/python -m pytest tests/ops/test_cpu.py tests/ops/test_cpu_fuzz.py $(ARGS)
+
+$(SANITIZED): $(LIBRARY) | .venv/.with-test
+	@$(PIP) install "setuptools>=77"
+	CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" VICINAL_REQUIRE_LIBRARY=1 $(BIN)/python setup.py --quiet \
+		build_ext --build-lib build/sanitized --build-temp build/sanitized
 
 lint: .venv/.with-lint  ## formatting and lint rules, changing nothing
 	$(BIN)/ruff format --check .
@@ -47,7 +61,7 @@ format: .venv/.with-lint  ## format the code and apply the lint rules' safe fixe
 types: .venv/.with-lint  ## type-check the package
 	$(BIN)/mypy src/vicinal
 
-bench: .venv/.with-test  ## measure this machine; prints the table
+bench: .venv/.with-test .venv/.library  ## measure this machine; prints the table
 	$(BIN)/python -m vicinal.measure
 
 clean:  ## remove caches, builds, runs and the demo; .venv stays
@@ -80,4 +94,9 @@ clean:  ## remove caches, builds, runs and the demo; .venv stays
 .venv/.with-%: $(SOURCES) | .venv/.created
 	@echo "Installing vicinal[$*] and what it needs into .venv (the first time takes minutes: torch is large)"
 	@$(PIP) install -c constraints.txt -e ".[$*]"
+	@touch $@ .venv/.library
+
+# The CPU kernels, compiled again when they change: only what has changed.
+.venv/.library: $(LIBRARY) | .venv/.created
+	@$(PIP) install --no-deps -e .
 	@touch $@

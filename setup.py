@@ -1,7 +1,8 @@
 """Builds the CPU kernels in csrc/ into a plain shared library inside the package, `vicinal/_cpu.so`.
 
 The library has a C interface and knows neither Python nor torch, so one wheel serves every version of both. Where
-there is no compiler, or it fails, the package installs without the library and says so.
+there is no compiler, or it fails, the package installs without the library and says so; with
+VICINAL_REQUIRE_LIBRARY=1 in the environment that is an error instead, as a wheel for others needs it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 # Infinities and NaN keep their meaning: -inf is a log-sum-exp, NaN must come through.
-COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+IS_FOR_DEBUGGING = "-g" in os.environ.get("CXXFLAGS", "").split()
+if not IS_FOR_DEBUGGING:
+    COMMON.append("-g0")  # Python's own flags ask for what would be most of the library
 COMMON_MSVC = ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
-# By the end of a file's name, longest first: what it needs, for gcc and clang and for MSVC, and the macro that tells all
-# files that the compiler has it. Where it has not, such a file compiles to nothing.
+# By the end of a file's name, longest first: what it needs, for gcc and clang and for MSVC, and the macro that tells
+# all files that the compiler has it. Where it has not, such a file compiles to nothing.
 INSTRUCTION_SETS = {
     "_avx512_bf16": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"], "VICINAL_WITH_AVX512_BF16"),
     "_avx512": (AVX512, ["/arch:AVX512"], "VICINAL_WITH_AVX512"),
@@ -42,9 +46,9 @@ class BuildLibrary(build_ext):
     """Compiles each file with its own flags, two at a time, and only what has changed."""
 
     def finalize_options(self) -> None:
-        super().finalize_options()
-        if not os.environ.get("PIP_BUILD_TRACKER") or self.inplace:
+        if self.build_temp is None:  # a folder that is kept, also by pip, which would take a new one each time
             self.build_temp = str(Path("build", f"cpu-{sysconfig.get_platform()}"))
+        super().finalize_options()
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + SUFFIX
@@ -57,7 +61,7 @@ class BuildLibrary(build_ext):
         try:
             self._build(ext)
         except (CCompilerError, ExecError, PlatformError, OSError) as problem:
-            if os.environ.get("VICINAL_REQUIRE_CPU_LIBRARY") == "1":
+            if os.environ.get("VICINAL_REQUIRE_LIBRARY") == "1":
                 raise
             print(f"vicinal: installing without the CPU kernels, which could not be compiled: {problem}")
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
@@ -97,14 +101,17 @@ class BuildLibrary(build_ext):
             objects = list(pool.map(compile_one, order))
         output = self.get_ext_fullpath(ext.name)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        options = [] if is_msvc else ["-s"] if sys.platform == "linux" else []
+        options = ["-s"] if sys.platform == "linux" and not IS_FOR_DEBUGGING else []
         self.compiler.link_shared_object(
             sorted(objects), output, extra_postargs=[*options, *link_openmp], target_lang="c++"
         )
 
     def _is_fresh(self, target: str, source: str, arguments: list[str]) -> bool:
         """Whether the object is newer than all it was made of, and made with these arguments; notes the arguments."""
-        noted, text = Path(f"{target}.arguments"), " ".join([str(self.compiler.__dict__.get("compiler_so")), *arguments])
+        noted, text = (
+            Path(f"{target}.arguments"),
+            " ".join([str(self.compiler.__dict__.get("compiler_so")), *arguments]),
+        )
         made = Path(target)
         parts = [source, "setup.py", *HEADERS]
         is_fresh = (
@@ -131,7 +138,7 @@ class BuildLibrary(build_ext):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text(program)
-            command = [*self.compiler.compiler_so_cxx[:1], *flags, str(source), "-o", str(Path(folder, "probe"))]
+            command = [*self.compiler.compiler_so_cxx, *flags, str(source), "-o", str(Path(folder, "probe"))]
             return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 

@@ -24,15 +24,11 @@ void row_sums_unit(const Job& job, const Unit& unit, int64_t sample, int64_t hea
     const int64_t grad_base = sample * job.grad_out.batch + q_head * job.grad_out.head;
     block.each_tile([&](const Tile& tile) {
         block.each_target(tile, [&](int, int64_t a, int64_t b, int64_t c, int64_t) {
-            float sum = 0.0f;
-            if (job.grad_out.data) {
-                load_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), out);
-                load_row<S>(job.dtype, job.grad_out, grad_base + place_of(job.grad_out.axis, a, b, c), grad);
-                typename S::F products = S::zero();
-                for (int64_t d = 0; d < padded; d += W)
-                    products = S::fma(S::load(out + d), S::load(grad + d), products);
-                sum = S::sum(products);
-            }
+            load_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), out);
+            load_row<S>(job.dtype, job.grad_out, grad_base + place_of(job.grad_out.axis, a, b, c), grad);
+            typename S::F products = S::zero();
+            for (int64_t d = 0; d < padded; d += W) products = S::fma(S::load(out + d), S::load(grad + d), products);
+            float sum = S::sum(products);
             if (job.grad_lse)
                 sum -= job.grad_lse[sample * job.grad_lse_batch + q_head * job.grad_lse_head +
                                     place_of(job.grad_lse_axis, a, b, c)];
@@ -154,10 +150,7 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
             const Walk<S> walk{block, sources, chunk, bias, true, nullptr};
             block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
                 load_targets<S>(block, tile, job.query, query_base, queries);
-                if (job.grad_out.data)
-                    load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
-                else
-                    for (int64_t i = 0; i < targets_floats(value_dim); ++i) grads[i] = 0.0f;
+                load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
                 state.is_fresh = !keeps_state;
                 block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t place) VICINAL_LAMBDA {
                     const float lse = job.lse[lse_base + place_of(job.lse_axis, a, b, c)];

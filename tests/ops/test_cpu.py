@@ -17,9 +17,13 @@ from vicinal.ops import backend as backends
 from vicinal.ops.cpu import library
 from vicinal.pattern import Full, Near, Window, heads, union
 
+from ..conftest import has_compiler
 from .problems import PROBLEMS, SAMPLE, Problem
 from .test_agreement import short
 from .tolerance import assert_agrees, judge, run
+
+if library.reason_missing() is not None and not has_compiler():
+    pytest.skip("no C++ compiler, so there is no library to test", allow_module_level=True)
 
 Forced = Callable[..., None]
 
@@ -249,6 +253,7 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for remembered in (library.load, library.reason_missing, backends._warn_of_slow_path, resolve._choose):
             remembered.cache_clear()
 
+    monkeypatch.delenv("VICINAL_CPU_LIBRARY", raising=False)
     monkeypatch.setattr(library, "_PATH", library._PATH.with_name("_missing.so"))
     forget()
     yield

@@ -10,6 +10,11 @@ import pytest
 
 from vicinal.ops.cpu import library
 
+from ..conftest import has_compiler
+
+if library.reason_missing() is not None and not has_compiler():
+    pytest.skip("no C++ compiler, so there is no library to test", allow_module_level=True)
+
 
 @pytest.mark.parametrize("strategy", ["auto", "simple"])
 @pytest.mark.parametrize("seed", range(2))

@@ -194,10 +194,7 @@ def find(name: str) -> Backend:
 def refusals(problem: Problem) -> dict[str, list[str]]:
     """For every name all reasons why that back end cannot take the problem."""
     missing = ["is not part of this version of vicinal"]
-    return {
-        name: _BACKENDS[name].refusals(problem) if name in _BACKENDS else list(missing)
-        for name in PREFERENCE
-    }
+    return {name: _BACKENDS[name].refusals(problem) if name in _BACKENDS else list(missing) for name in PREFERENCE}
 
 
 def check_name(name: Any) -> None:

@@ -1,8 +1,8 @@
 """Finding and loading the shared library of CPU kernels, and the variables that steer it.
 
 `VICINAL_CPU_STRATEGY` (`auto`, `simple`, `tiles`) and `VICINAL_CPU_ISA` (`best`, `base`, `avx2`, `avx512`,
-`avx512_bf16`) are for tests and measurements: they force what is chosen by itself otherwise. They are read when the
-library is loaded.
+`avx512_bf16`) are for tests and measurements: they force what is chosen by itself otherwise. `VICINAL_CPU_LIBRARY` is
+the path of another build of the library, such as one with sanitizers. They are read when the library is loaded.
 """
 
 from __future__ import annotations
@@ -49,10 +49,12 @@ def load() -> Library:
 
     A value of an environment variable that is not one of those allowed is a `ValueError`.
     """
-    if not _PATH.exists():
-        raise OSError("its library was not built: no C++ compiler worked when vicinal was installed")
+    path = Path(os.environ.get("VICINAL_CPU_LIBRARY", _PATH))
+    if not path.exists():
+        built = "its library was not built: no C++ compiler worked when vicinal was installed"
+        raise OSError(built if path == _PATH else f"VICINAL_CPU_LIBRARY names no file: {path}")
     try:
-        found = ctypes.CDLL(str(_PATH))
+        found = ctypes.CDLL(str(path))
     except OSError as problem:
         raise OSError(f"its library cannot be loaded: {problem}") from problem
     found.vicinal_abi.restype = ctypes.c_int64
