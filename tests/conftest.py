@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from vicinal.tour.extras import mend_torchvision
+
+mend_torchvision()
+
 # On a laptop every run draws new examples; in CI a failure must come back when the run is repeated.
 hypothesis.settings.register_profile("local", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=120, derandomize=True)

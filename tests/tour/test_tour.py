@@ -171,6 +171,7 @@ def test_a_wrong_answer_gets_no_time(monkeypatch, tour):
         images=dict.fromkeys(("photo", "stacks", "tiles", "original", "noisy", "gaussian", "smooth0"), "images/a.png"),
         smoothing=tour.smoothing,
         races=tuple(results),
+        live=(),
         systems=(),
         machine={"cpu": "an abacus", "threads": 1, "torch": "2", "python": "3"},
         credit="nobody",
@@ -184,8 +185,10 @@ def test_a_wrong_answer_gets_no_time(monkeypatch, tour):
 
 def test_bars_are_as_long_as_the_speedups(tour, page):
     widths = [int(width) for width in re.findall(r'style="width:(\d+)px"', page)]
-    speedups = [result.speedup for result in tour.races]
-    expected = [max(3, round(WIDEST_BAR * speedup / max(speedups))) for speedup in speedups]
+    expected = []
+    for results in (tour.races, tour.live):
+        speedups = [result.speedup for result in results if result.speedup is not None]
+        expected += [max(3, round(WIDEST_BAR * speedup / max(speedups))) for speedup in speedups]
     assert widths == expected
 
 

@@ -55,6 +55,22 @@ def print_summary(tour: Tour, out: Console) -> None:
             speeds = (f"{race.ours.median_ms:.2f}", f"{race.dense.median_ms:.2f}", f"{race.speedup:.1f}")
             times.add_row(race.problem.name, race.direction, *speeds)
     out.print(times)
+    print_live(tour, out)
     built = sum(row.outcome is not None for row in tour.systems)
     out.print(f"systems: {built} of {len(tour.systems)} built")
     out.print(f"{tour.page} (made in {tour.seconds:.0f} s)", soft_wrap=True)
+
+
+def print_live(tour: Tour, out: Console) -> None:
+    """The times of other people's models, and why there are none."""
+    times = Table("a forward pass of transformers' models", box=box.SIMPLE_HEAD)
+    for heading in ("vicinal, ms", "dense, ms", "times faster"):
+        times.add_column(heading, justify="right", no_wrap=True)
+    for result in tour.live:
+        if result.ours is None or result.dense is None or result.speedup is None:
+            out.print(f"{result.title}: no times, {result.reason}", soft_wrap=True, markup=False)
+        else:
+            speeds = (f"{result.ours.median_ms:.0f}", f"{result.dense.median_ms:.0f}", f"{result.speedup:.1f}")
+            times.add_row(result.title, *speeds)
+    if times.row_count:
+        out.print(times)

@@ -82,10 +82,16 @@ class _NeighborhoodAttention(nn.Module):
             inputs = self._pad(inputs)
         qkv = self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.unbind(-3)
-        out = attention(query, key, value, self.pattern, bias=self.rpb, scale=self.scale, backend=self.backend)
-        out = out.flatten(-2)[(slice(None), *(slice(length) for length in grid))]
+        out = self._attend(query, key, value).flatten(-2)[(slice(None), *(slice(length) for length in grid))]
         result: torch.Tensor = self.proj_drop(self.proj(out))
         return result
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """From `[batch, *grid, heads, head_dim]` each to one like them."""
+        out: torch.Tensor = attention(
+            query, key, value, self.pattern, bias=self.rpb, scale=self.scale, backend=self.backend
+        )
+        return out
 
     def _pad(self, inputs: torch.Tensor) -> torch.Tensor:
         """Zeros after each axis, up to kernel_size * dilation."""

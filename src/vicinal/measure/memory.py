@@ -82,7 +82,7 @@ def _measured(job: _Job) -> Peak:
         tiny.runner(make(tiny)[0])()
     task = Task(job.problem, job.dtype, backward=job.backward, device=job.device)
     runner = task.runner(make(task)[0])
-    meter = _GpuMeter(task.device) if task.device.type == "cuda" else _HostMeter()
+    meter = _GpuMeter(task.device) if task.device.type == "cuda" else HostMeter()
     results = runner()
     used = meter.peak()
     size = sum(tensor.nbytes for tensor in results)
@@ -95,7 +95,7 @@ def _tiny(problem: Problem) -> Problem:
     return Problem("tiny", (Near(3),) * len(grid), grid, problem.heads, problem.head_dim)
 
 
-class _HostMeter:
+class HostMeter:
     """The highest memory of this process since the meter was made, beyond what it had then, in bytes."""
 
     def __init__(self) -> None:

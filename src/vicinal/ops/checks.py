@@ -34,8 +34,9 @@ def check_tensor(name: str, value: Any) -> None:
     """Raise `ValueError` unless `value` is a dense tensor of a floating dtype we compute in."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        nested = ", nested" if value.is_nested else ""
+        raise ValueError(f"{name} must be a dense (strided) tensor, got layout {value.layout}{nested}")
     if value.dtype not in _DTYPES:
         raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
 

@@ -13,7 +13,7 @@ import torch
 from vicinal.measure.machine import describe
 from vicinal.measure.problems import Problem, find
 from vicinal.pattern import Near, Pattern, Window
-from vicinal.tour import race, smoothing
+from vicinal.tour import live, race, smoothing
 from vicinal.tour.extras import require
 from vicinal.tour.page import Contents, render
 from vicinal.tour.photo import coffee
@@ -28,22 +28,34 @@ Announce = Callable[[int, int, str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much the tour does: the photograph's size, what is smoothed and timed, and for how long."""
+    """How much the tour does: the photograph's size, what is smoothed, run and timed, and for how long."""
 
     shrink: int
     patterns: tuple[Pattern, ...]
     problems: tuple[tuple[str, Problem], ...]
+    models: tuple[live.Model, ...]
     smoothing_seconds: float
     race_seconds: float
+    live_seconds: float
 
 
-FULL = Scale(2, smoothing.PATTERNS, race.PROBLEMS, smoothing_seconds=2.0, race_seconds=1.2)
+FULL = Scale(
+    2,
+    smoothing.PATTERNS,
+    race.PROBLEMS,
+    live.MODELS,
+    smoothing_seconds=2.0,
+    race_seconds=1.2,
+    live_seconds=1.5,
+)
 QUICK = Scale(
     8,
     smoothing.PATTERNS[:1],
     (("NAT, third level", find(["nat-14x14"])[0]),),
+    live.QUICK_MODELS,
     smoothing_seconds=0.05,
     race_seconds=0.05,
+    live_seconds=0.05,
 )
 
 STACKS: tuple[list[Pattern], ...] = (
@@ -66,6 +78,7 @@ class Tour:
     images: tuple[Path, ...]
     smoothing: smoothing.Smoothing
     races: tuple[race.Result, ...]
+    live: tuple[live.Result, ...]
     systems: tuple[Row, ...]
     seconds: float
 
@@ -77,7 +90,7 @@ def build(
     systems: Sequence[System] = SYSTEMS,
     announce: Announce = lambda number, total, title: None,
 ) -> Tour:
-    """Build `index.html` in the folder `out`, with its pictures in `out/images`; about half a minute on two cores.
+    """Build `index.html` in the folder `out`, with its pictures in `out/images`; under a minute on two cores.
 
     `build("demo", scale=QUICK)` makes a smaller one in a few seconds. What is there already is written over.
     """
@@ -100,6 +113,7 @@ def build(
     )
     images.save_smoothing(smoothed)
     races = tuple(race.race(scale.problems, seconds=scale.race_seconds, begin=steps.begin))
+    hosted = tuple(live.run_models(scale.models, seconds=scale.live_seconds, begin=steps.begin))
     rows = tuple(run_systems(folder / "images", systems, begin=steps.begin))
     images.add_systems(rows)
 
@@ -108,6 +122,7 @@ def build(
         images=images.places,
         smoothing=smoothed,
         races=races,
+        live=hosted,
         systems=rows,
         machine=describe(),
         credit=photo.credit,
@@ -117,12 +132,12 @@ def build(
     page = folder / "index.html"
     page.write_text(render(contents), "utf-8")
     files = tuple(folder / place for place in images.places.values())
-    return Tour(page, files, smoothed, races, rows, seconds)
+    return Tour(page, files, smoothed, races, hosted, rows, seconds)
 
 
 def _number_of_steps(scale: Scale, systems: Sequence[System]) -> int:
     built = sum(system.run is not None for system in systems)
-    return 2 + len(scale.patterns) + 1 + 2 * len(scale.problems) + built
+    return 2 + len(scale.patterns) + 1 + 2 * len(scale.problems) + len(scale.models) + built
 
 
 class _Steps:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vicinal.pattern import AxisTable, Near, Window
-from vicinal.tour import gallery
+from vicinal.tour import gallery, live
 from vicinal.tour.race import Result
 from vicinal.tour.smoothing import NOISE, PATCH, Smoothed, Smoothing
 from vicinal.tour.systems import Row
@@ -27,6 +27,7 @@ class Contents:
     images: Mapping[str, str]
     smoothing: Smoothing
     races: tuple[Result, ...]
+    live: tuple[live.Result, ...]
     systems: tuple[Row, ...]
     machine: Mapping[str, Any]
     credit: str
@@ -55,6 +56,7 @@ def render(contents: Contents) -> str:
         smoothing_rows="\n".join(_smoothing_row(result) for result in contents.smoothing.results),
         times_text=_times_text(contents.machine),
         times_rows=_times_rows(contents.races),
+        live_rows=_live_rows(contents.live),
         systems_rows="\n".join(_system_row(row, contents.images) for row in contents.systems),
         footer=_footer(contents),
     )
@@ -194,17 +196,31 @@ def _times_rows(races: Iterable[Result]) -> str:
     rows = []
     for result in results:
         what = f"{html.escape(result.title)}<small>{html.escape(result.problem.size)}</small>"
-        start = f"<tr><td>{what}</td><td>{result.direction.replace('+', ' + ')}</td>"
-        if result.ours is None or result.dense is None or result.speedup is None:
-            rows.append(f'{start}<td colspan="3" class="later">no times: {html.escape(result.reason)}</td></tr>')
-            continue
-        kind = "slower" if result.speedup < 1 else ""
-        bar = f'<i class="{kind}" style="width:{max(3, round(WIDEST_BAR * result.speedup / most))}px"></i>'
-        rows.append(
-            f'{start}<td class="right">{result.ours.median_ms:.2f}</td><td class="right">{result.dense.median_ms:.2f}'
-            f'</td><td><div class="bar">{bar}{result.speedup:.1f} ×</div></td></tr>'
-        )
+        rows.append(f"<tr><td>{what}</td><td>{result.direction.replace('+', ' + ')}</td>{_times(result, most, 2)}</tr>")
     return "\n".join(rows)
+
+
+def _live_rows(results: Iterable[live.Result]) -> str:
+    results = list(results)
+    most = max((result.speedup or 0.0 for result in results), default=1.0)
+    return "\n".join(
+        f"<tr><td>{html.escape(result.title)}<small>{html.escape(result.detail)}</small></td>"
+        f"{_times(result, most, 0)}</tr>"
+        for result in results
+    )
+
+
+def _times(result: Result | live.Result, most: float, digits: int) -> str:
+    """Three cells: both times and a bar, or why there are none."""
+    if result.ours is None or result.dense is None or result.speedup is None:
+        return f'<td colspan="3" class="later">no times: {html.escape(result.reason)}</td>'
+    kind = "slower" if result.speedup < 1 else ""
+    bar = f'<i class="{kind}" style="width:{max(3, round(WIDEST_BAR * result.speedup / most))}px"></i>'
+    return (
+        f'<td class="right">{result.ours.median_ms:.{digits}f}</td>'
+        f'<td class="right">{result.dense.median_ms:.{digits}f}</td>'
+        f'<td><div class="bar">{bar}{result.speedup:.1f} ×</div></td>'
+    )
 
 
 def _system_row(row: Row, images: Mapping[str, str]) -> str:

@@ -1,0 +1,179 @@
+// The two inner loops everything is made of, for a fixed number of targets: scores and weighted sums.
+
+#ifndef VICINAL_MICRO_H
+#define VICINAL_MICRO_H
+
+#include "panel.h"
+
+namespace vicinal {
+namespace {
+
+constexpr float FAR_BELOW = -1e30f;  // the maximum before there is any score: exp2(score - FAR_BELOW) is never met
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float LN_2 = 0.693147180559945309f;
+
+// Up to MOST_VECTORS vectors of sources that a tile looks at together. Scores are kept as [vector][target][lane].
+struct Pass {
+    int count;
+    int64_t group[MOST_VECTORS];                     // row group within the panel
+    int64_t at[MOST_VECTORS];                        // first lane within the row group
+    uint32_t seen[MOST_VECTORS][MOST_TARGETS];       // which lanes each target sees
+    uint32_t any[MOST_VECTORS];                      // which lanes any target sees
+    const float* bias[MOST_VECTORS][MOST_TARGETS];   // where there is a bias: of these lanes
+};
+
+// Products of `targets` (rows of DIM_BLOCK floats) with the vectors of a pass, handed vector by vector to `finish`.
+template <class S, int T, int V, class Finish>
+VICINAL_INLINE void products(const Pass& pass, int first, const float* targets, int64_t dim, const float* transposed,
+                             int64_t width, int64_t group_size, const float* partial, Finish& finish) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
+    const float* from[V];
+    F sum[T][V];
+    VICINAL_UNROLL
+    for (int v = 0; v < V; ++v) {
+        from[v] = transposed + pass.group[first + v] * group_size + pass.at[first + v];
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t)
+            sum[t][v] = partial ? S::load(partial + ((first + v) * T + t) * W) : S::zero();
+    }
+    int64_t offset = 0;
+    for (int64_t d = 0; d < dim; ++d, offset += width) {
+        F source[V];
+        VICINAL_UNROLL
+        for (int v = 0; v < V; ++v) source[v] = S::load(from[v] + offset);
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            const F target = S::all(targets[t * DIM_BLOCK + d]);
+            VICINAL_UNROLL
+            for (int v = 0; v < V; ++v) sum[t][v] = S::multiply(target, source[v], sum[t][v]);
+        }
+    }
+    VICINAL_UNROLL
+    for (int v = 0; v < V; ++v) {
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) finish(first + v, t, sum[t][v]);
+    }
+}
+
+template <class S, int T, class Finish>
+VICINAL_INLINE void products_of_pass(const Pass& pass, const float* targets, int64_t dim, const float* transposed,
+                                     int64_t width, int64_t group_size, const float* partial, Finish& finish) {
+    constexpr int V = S::LANES == 16 ? (T <= 2 ? 6 : T <= 6 ? 4 : 3) : (T <= 2 ? 4 : 2) / (T > 4 ? 2 : 1);
+    int v = 0;
+    for (; v + V <= pass.count; v += V)
+        products<S, T, V>(pass, v, targets, dim, transposed, width, group_size, partial, finish);
+    for (; v < pass.count; ++v)
+        products<S, T, 1>(pass, v, targets, dim, transposed, width, group_size, partial, finish);
+}
+
+// Dot products of all targets and vectors, over `dim` units. `targets` holds [block of DIM_BLOCK units][MOST_TARGETS]
+// [DIM_BLOCK]; with several blocks the sums so far wait in `scores`.
+template <class S, int T, class Finish>
+VICINAL_INLINE void dot(const Pass& pass, const float* targets, int64_t dim, const float* transposed, int64_t width,
+                        float* scores, Finish& finish) {
+    constexpr int W = S::LANES;
+    const int64_t group_size = dim * width;
+    const float* partial = nullptr;
+    while (dim > DIM_BLOCK) {
+        auto keep = [&](int v, int t, typename S::F sum) VICINAL_LAMBDA { S::store(scores + (v * T + t) * W, sum); };
+        products_of_pass<S, T>(pass, targets, DIM_BLOCK, transposed, width, group_size, partial, keep);
+        partial = scores;
+        targets += MOST_TARGETS * DIM_BLOCK;
+        transposed += DIM_BLOCK * width;
+        dim -= DIM_BLOCK;
+    }
+    products_of_pass<S, T>(pass, targets, dim, transposed, width, group_size, partial, finish);
+}
+
+// sums[t] = factor[t] * sums[t] + weights of a pass times rows of the panel, D vectors of channels at a time;
+// factor null means that sums start at 0. Weights and rows are in units, of neighboring sources.
+template <class S, int T, int D>
+VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const float* rows, int64_t width,
+                                 int64_t padded, const float* factor, float* const* sums, int64_t channel) {
+    constexpr int W = S::LANES;
+    constexpr int UNITS = W / S::PAIR;  // of a vector of sources
+    constexpr uint32_t ALL = S::PAIR == 2 ? 0x55555555u & ((1u << W) - 1u) : (1u << W) - 1u;
+    using F = typename S::F;
+    F sum[T][D];
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        VICINAL_UNROLL
+        for (int d = 0; d < D; ++d)
+            sum[t][d] = factor ? S::mul(S::all(factor[t]), S::load(sums[t] + channel + d * W)) : S::zero();
+    }
+    for (int v = 0; v < pass.count; ++v) {
+        const float* row = rows + (pass.group[v] * width + pass.at[v]) / S::PAIR * padded + channel;
+        const float* weight = weights + v * T * UNITS;
+        uint32_t lanes = pass.any[v];
+        if (S::PAIR == 2) lanes = (lanes | lanes >> 1) & 0x55555555u;
+        if (lanes == ALL) {
+#pragma GCC unroll 4
+            for (int lane = 0; lane < UNITS; ++lane) {
+                F source[D];
+                VICINAL_UNROLL
+                for (int d = 0; d < D; ++d) source[d] = S::load(row + lane * padded + d * W);
+                VICINAL_UNROLL
+                for (int t = 0; t < T; ++t) {
+                    const F by = S::all(weight[t * UNITS + lane]);
+                    VICINAL_UNROLL
+                    for (int d = 0; d < D; ++d) sum[t][d] = S::multiply(by, source[d], sum[t][d]);
+                }
+            }
+            continue;
+        }
+        for (int lane = 0; lanes; ++lane, lanes >>= S::PAIR) {
+            if (!(lanes & 1u)) continue;
+            F source[D];
+            VICINAL_UNROLL
+            for (int d = 0; d < D; ++d) source[d] = S::load(row + lane * padded + d * W);
+            VICINAL_UNROLL
+            for (int t = 0; t < T; ++t) {
+                const F by = S::all(weight[t * UNITS + lane]);
+                VICINAL_UNROLL
+                for (int d = 0; d < D; ++d) sum[t][d] = S::multiply(by, source[d], sum[t][d]);
+            }
+        }
+    }
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        VICINAL_UNROLL
+        for (int d = 0; d < D; ++d) S::store(sums[t] + channel + d * W, sum[t][d]);
+    }
+}
+
+template <class S, int T>
+VICINAL_INLINE void mix(const Pass& pass, const float* weights, const float* rows, int64_t width, int64_t padded,
+                        const float* factor, float* const* sums) {
+    constexpr int W = S::LANES;
+    constexpr int MOST = S::LANES == 16 ? (T <= 4 ? 4 : T <= 6 ? 4 : 3) : (T <= 2 ? 4 : T <= 5 ? 2 : 1);
+    int64_t channel = 0;
+    for (; channel + MOST * W <= padded; channel += MOST * W)
+        mix_channels<S, T, MOST>(pass, weights, rows, width, padded, factor, sums, channel);
+    if constexpr (MOST > 2) {
+        for (; channel + 2 * W <= padded; channel += 2 * W)
+            mix_channels<S, T, 2>(pass, weights, rows, width, padded, factor, sums, channel);
+    }
+    for (; channel < padded; channel += W)
+        mix_channels<S, T, 1>(pass, weights, rows, width, padded, factor, sums, channel);
+}
+
+// Units that so many channels make.
+template <class S>
+VICINAL_INLINE int64_t units_of(int64_t channels) {
+    return (channels + S::PAIR - 1) / S::PAIR;
+}
+
+// The weights of a pass as `mix` reads them: as they are, or narrowed in place.
+template <class S, int T>
+VICINAL_INLINE void narrow_weights(const Pass& pass, float* weights) {
+    if constexpr (S::PAIR == 2) {
+        for (int i = 0; i < pass.count * T; ++i)
+            S::store_pairs(weights + i * (S::LANES / 2), S::load(weights + i * S::LANES));
+    }
+}
+
+}  // namespace
+}  // namespace vicinal
+
+#endif

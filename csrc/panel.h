@@ -1,0 +1,235 @@
+// Panels: the sources that a block of targets needs, copied once into the order in which the kernels read them.
+//
+//   transposed  [row group][channel][column * R + row]   for scores: a vector of sources per channel
+//   rows        [row group][column * R + row][channel]   for weighted sums: a vector of channels per source
+//
+// In units of two numbers, `transposed` has half as many channels and `rows` half as many sources.
+//
+// A row group is R neighboring rows of one plane. Rows that fill a group up are zero. The rim of columns that vectors
+// may reach over is left as it is: scores there are masked, and nobody's weighted sum reads them.
+
+#ifndef VICINAL_PANEL_H
+#define VICINAL_PANEL_H
+
+#include "simd.h"
+#include "tiles.h"
+
+namespace vicinal {
+namespace {
+
+VICINAL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+VICINAL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+VICINAL_INLINE int64_t round_up(int64_t a, int64_t multiple) { return (a + multiple - 1) / multiple * multiple; }
+
+// The sources of a block, in steps: planes, rows (from an anchor that vectors are aligned to) and columns.
+struct Frame {
+    int64_t plane_begin, plane_end;
+    int64_t row_begin, row_end, row_origin;
+    int64_t column_begin, column_end;
+    int64_t groups;  // row groups of a plane
+    int R, C;        // rows and columns of a vector
+    const Interval* axis[3];
+
+    int64_t row_groups() const { return (plane_end - plane_begin) * groups; }
+};
+
+// The part of a frame that is packed at a time: row groups counted over all planes, and columns.
+struct Chunk {
+    int64_t group_begin, group_end, column_begin, column_end;
+};
+
+struct Panel {
+    Chunk chunk;
+    int64_t width;  // floats of one channel of one row group: columns * R, and a rim
+    float* transposed[2];
+    float* rows[2];
+    float* lanes[2];  // one number per source
+};
+
+VICINAL_INLINE int64_t source_coordinate(const Interval& axis, int64_t place) {
+    if (axis.turn) {
+        place %= axis.turn;
+        if (place < 0) place += axis.turn;
+    }
+    return axis.first + axis.step * place;
+}
+
+// One row of channels as float32; `channel` is 1 for all but unusual views.
+template <class S>
+VICINAL_INLINE void load_row(int64_t dtype, const Operand& operand, int64_t offset, float* to) {
+    constexpr int W = S::LANES;
+    const int64_t dim = operand.dim, stride = operand.channel;
+    int64_t d = 0;
+    if (dtype == VICINAL_FLOAT32) {
+        const float* from = reinterpret_cast<const float*>(operand.data) + offset;
+        if (stride == 1)
+            for (; d + W <= dim; d += W) S::store(to + d, S::load(from + d));
+        for (; d < dim; ++d) to[d] = from[d * stride];
+    } else {
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(operand.data) + offset;
+        if (dtype == VICINAL_BFLOAT16) {
+            if (stride == 1)
+                for (; d + W <= dim; d += W) S::store(to + d, S::widen_bfloat16(from + d));
+            for (; d < dim; ++d) to[d] = float_of_bfloat16(from[d * stride]);
+        } else {
+            if (stride == 1)
+                for (; d + W <= dim; d += W) S::store(to + d, S::widen_float16(from + d));
+            for (; d < dim; ++d) to[d] = float_of_float16(from[d * stride]);
+        }
+    }
+}
+
+// One row of channels as units.
+template <class S>
+VICINAL_INLINE void load_units(int64_t dtype, const Operand& operand, int64_t offset, float* to) {
+    if constexpr (S::PAIR == 1) {
+        load_row<S>(dtype, operand, offset, to);
+    } else {
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(operand.data) + offset;
+        const int64_t dim = operand.dim, stride = operand.channel;
+        int64_t d = 0;
+        if (stride == 1) {
+            for (; d + 2 * S::LANES <= dim; d += 2 * S::LANES)
+                S::store(to + d / 2, S::load(reinterpret_cast<const float*>(from + d)));
+        }
+        for (; d < dim; d += 2) {
+            const uint32_t low = from[d * stride], high = d + 1 < dim ? from[(d + 1) * stride] : 0u;
+            to[d / 2] = float_of_bits(low | high << 16);
+        }
+    }
+}
+
+template <class S>
+VICINAL_INLINE void store_row(int64_t dtype, const Operand& operand, int64_t offset, const float* from, float factor) {
+    constexpr int W = S::LANES;
+    const int64_t dim = operand.dim, stride = operand.channel;
+    int64_t d = 0;
+    if (dtype == VICINAL_FLOAT32) {
+        float* to = reinterpret_cast<float*>(const_cast<char*>(operand.data)) + offset;
+        if (stride == 1) {
+            const typename S::F by = S::all(factor);
+            for (; d + W <= dim; d += W) S::store(to + d, S::mul(S::load(from + d), by));
+        }
+        for (; d < dim; ++d) to[d * stride] = from[d] * factor;
+    } else {
+        uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + offset;
+        if (dtype == VICINAL_BFLOAT16)
+            for (; d < dim; ++d) to[d * stride] = bfloat16_of_float(from[d] * factor);
+        else
+            for (; d < dim; ++d) to[d * stride] = float16_of_float(from[d] * factor);
+    }
+}
+
+// Where a panel's rows and columns stand on the axes of the tensors; -1 where there is nothing.
+template <class S>
+struct Packer {
+    static constexpr int W = S::LANES;
+    int64_t dtype;
+    const Frame& frame;
+    const Chunk& chunk;
+    int64_t width;
+    const int32_t* columns;  // coordinates of the chunk's columns, and -1 up to a full vector
+    float* scratch;          // [W][dim rounded up], for rows that cannot be read where they lie
+    const float* zeros;      // [dim rounded up]
+
+    VICINAL_INLINE void row_coordinates(int64_t group, int64_t* plane, int64_t* rows) const {
+        const int64_t within = group % frame.groups;
+        *plane = source_coordinate(*frame.axis[0], frame.plane_begin + group / frame.groups);
+        for (int r = 0; r < frame.R; ++r) {
+            const int64_t row = frame.row_origin + within * frame.R + r;
+            const bool is_there = row >= frame.row_begin && row < frame.row_end;
+            rows[r] = is_there ? source_coordinate(*frame.axis[1], row) : -1;
+        }
+    }
+
+    // Packs one operand of one head: transposed where `transposed` is given, as rows where `rows` is.
+    void pack(const Operand& operand, int64_t base, float* transposed, float* rows) const {
+        const int64_t dim = operand.dim, padded = round_up(dim, W), units = (dim + S::PAIR - 1) / S::PAIR;
+        // rows can be read where they lie if they hold whole units
+        const bool direct = operand.channel == 1 && dim % S::PAIR == 0 && (S::PAIR == 2 || dtype == VICINAL_FLOAT32);
+        const int64_t bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
+        const int64_t filled = (chunk.column_end - chunk.column_begin) * frame.R;
+        int shift = 0;
+        while ((1 << shift) < frame.R) ++shift;
+        for (int64_t group = chunk.group_begin; group < chunk.group_end; ++group) {
+            int64_t plane, row[W], offset[W];
+            row_coordinates(group, &plane, row);
+            for (int r = 0; r < frame.R; ++r)
+                offset[r] = row[r] < 0 ? -1 : base + plane * operand.axis[0] + row[r] * operand.axis[1];
+            const int64_t place = group - chunk.group_begin;
+            float* to_transposed = transposed ? transposed + place * units * width : nullptr;
+            float* to_rows = rows ? rows + place * width / S::PAIR * padded : nullptr;
+            for (int64_t begin = 0; begin < filled; begin += W) {
+                const float* from[W];
+                for (int lane = 0; lane < W; ++lane) {
+                    const int64_t column = columns[(begin + lane) >> shift], row_at = offset[(begin + lane) & (frame.R - 1)];
+                    if (column < 0 || row_at < 0) {
+                        from[lane] = zeros;
+                        continue;
+                    }
+                    const int64_t at = row_at + column * operand.axis[2];
+                    if (direct) {
+                        from[lane] = reinterpret_cast<const float*>(operand.data + at * bytes);
+                    } else {
+                        load_units<S>(dtype, operand, at, scratch + lane * padded);
+                        from[lane] = scratch + lane * padded;
+                    }
+                }
+                if (transposed) {
+                    int64_t d = 0;
+                    for (; d + W <= units; d += W) S::transpose(from, d, to_transposed + d * width + begin, width);
+                    for (; d < units; ++d)
+                        for (int lane = 0; lane < W; ++lane)
+                            std::memcpy(to_transposed + d * width + begin + lane, from[lane] + d, 4);
+                }
+                if (rows) copy_rows(from, dim, padded, to_rows + begin / S::PAIR * padded);
+            }
+        }
+    }
+
+    VICINAL_INLINE void copy_rows(const float* const* from, int64_t dim, int64_t padded, float* to) const {
+        for (int lane = 0; lane < W; lane += S::PAIR, to += padded) {
+            int64_t d = 0;
+            if constexpr (S::PAIR == 1) {
+                for (; d + W <= dim; d += W) S::store(to + d, S::load(from[lane] + d));
+                for (; d < padded; ++d) to[d] = d < dim ? from[lane][d] : 0.0f;
+            } else {
+                const uint16_t* low = reinterpret_cast<const uint16_t*>(from[lane]);
+                const uint16_t* high = reinterpret_cast<const uint16_t*>(from[lane + 1]);
+                for (; d + W <= dim; d += W) S::store(to + d, S::interleave(low + d, high + d));
+                for (; d < padded; ++d)
+                    to[d] = d < dim ? float_of_bits(low[d] | static_cast<uint32_t>(high[d]) << 16) : 0.0f;
+            }
+        }
+    }
+
+    // One number per source: factor * numbers, 0 where there is none or where it is -inf.
+    void pack_lanes(const float* numbers, const int64_t* strides, int64_t base, float factor, float* to) const {
+        const int64_t filled = (chunk.column_end - chunk.column_begin) * frame.R;
+        int shift = 0;
+        while ((1 << shift) < frame.R) ++shift;
+        for (int64_t group = chunk.group_begin; group < chunk.group_end; ++group) {
+            int64_t plane, row[W];
+            row_coordinates(group, &plane, row);
+            for (int64_t lane = 0; lane < filled; ++lane) {
+                const int64_t column = columns[lane >> shift], at = row[lane & (frame.R - 1)];
+                float number = 0.0f;
+                if (column >= 0 && at >= 0)
+                    number = numbers[base + plane * strides[0] + at * strides[1] + column * strides[2]];
+                to[(group - chunk.group_begin) * width + lane] = number == -INFINITY ? 0.0f : number * factor;
+            }
+        }
+    }
+};
+
+// Floats of one channel of a row group: the columns, and a rim to reach over. Not a multiple of 512 bytes, so that
+// channels do not fall on the same sets of the cache.
+VICINAL_INLINE int64_t panel_width(int64_t columns, int R, int C) {
+    const int64_t width = round_up((columns + C - 1) * R, 16);
+    return width % 128 ? width : width + 16;
+}
+
+}  // namespace
+}  // namespace vicinal
+
+#endif

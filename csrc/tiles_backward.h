@@ -1,0 +1,326 @@
+// The backward of a unit: row sums, the gradient of queries (and bias), the gradients of keys and values.
+//
+// Weights are computed again from the log-sum-exp. A unit owns its targets, so every gradient is written once, by one
+// thread, in one order.
+
+#ifndef VICINAL_TILES_BACKWARD_H
+#define VICINAL_TILES_BACKWARD_H
+
+#include "tiles_forward.h"
+
+namespace vicinal {
+namespace {
+
+template <class S>
+void row_sums_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace) {
+    constexpr int W = S::LANES;
+    const Block block(job, unit);
+    const int64_t q_head = job.first_head + head, padded = round_up(job.value.dim, W);
+    Arena arena{static_cast<char*>(workspace.get(STATE, padded * 8 + 256))};
+    float* out = arena.take<float>(padded);
+    float* grad = arena.take<float>(padded);
+    for (int64_t d = 0; d < padded; ++d) out[d] = grad[d] = 0.0f;
+    const int64_t out_base = sample * job.out.batch + q_head * job.out.head;
+    const int64_t grad_base = sample * job.grad_out.batch + q_head * job.grad_out.head;
+    block.each_tile([&](const Tile& tile) {
+        block.each_target(tile, [&](int, int64_t a, int64_t b, int64_t c, int64_t) {
+            float sum = 0.0f;
+            if (job.grad_out.data) {
+                load_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), out);
+                load_row<S>(job.dtype, job.grad_out, grad_base + place_of(job.grad_out.axis, a, b, c), grad);
+                typename S::F products = S::zero();
+                for (int64_t d = 0; d < padded; d += W)
+                    products = S::fma(S::load(out + d), S::load(grad + d), products);
+                sum = S::sum(products);
+            }
+            if (job.grad_lse)
+                sum -= job.grad_lse[sample * job.grad_lse_batch + q_head * job.grad_lse_head +
+                                    place_of(job.grad_lse_axis, a, b, c)];
+            job.row_sums[sample * job.sums_batch + q_head * job.sums_head + place_of(job.sums_axis, a, b, c)] = sum;
+        });
+    });
+}
+
+// ---- gradient of queries
+
+struct QueryTile {
+    float lse[MOST_TARGETS], row_sum[MOST_TARGETS];
+    float* sums[MOST_TARGETS];
+    bool is_fresh;
+};
+
+template <class S, int T>
+inline void grad_query_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
+                            float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
+    const F factor = S::all(job.scale * LOG2_E), nothing = S::all(-INFINITY);
+    auto weigh = [&](int v, int t, F sum) VICINAL_LAMBDA {
+        F score = S::mul(sum, factor);
+        if (has_bias) score = S::add(score, S::load(pass.bias[v][t]));
+        score = S::select(pass.seen[v][t], S::sub(score, S::all(tile.lse[t])), nothing);
+        S::store(scores + (v * T + t) * W, exp2_of<S>(score));
+    };
+    dot<S, T>(pass, queries, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, weigh);
+    alignas(64) float partial[MOST_VECTORS * T * W];
+    auto differentiate = [&](int v, int t, F sum) VICINAL_LAMBDA {
+        float* at = scores + (v * T + t) * W;
+        // where a weight is 0 so is the gradient, whatever stands in values nobody sees
+        const F grad = S::mul(S::load(at), S::sub(sum, S::all(tile.row_sum[t])));
+        S::store(at, S::select(pass.seen[v][t], grad, S::zero()));
+    };
+    dot<S, T>(pass, grads, units_of<S>(job.value.dim), panel.transposed[1], panel.width, partial, differentiate);
+    if (grad_bias && has_bias) {
+        for (int v = 0; v < pass.count; ++v)
+            for (int t = 0; t < T; ++t) {
+                float* to = grad_bias + (pass.bias[v][t] - bias);
+                S::store(to, S::add(S::load(to), S::load(scores + (v * T + t) * W)));
+            }
+    }
+    alignas(64) float ones[MOST_TARGETS];
+    for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;
+    narrow_weights<S, T>(pass, scores);
+    mix<S, T>(pass, scores, panel.rows[0], panel.width, round_up(job.query.dim, W), tile.is_fresh ? nullptr : ones,
+              tile.sums);
+    tile.is_fresh = false;
+}
+
+template <class S>
+void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, float* grad_bias,
+                     const Workspace& workspace) {
+    constexpr int W = S::LANES;
+    const Block block(job, unit);
+    const int64_t q_head = job.first_head + head, kv_head = q_head / job.shared;
+    const int64_t key_dim = job.query.dim, value_dim = job.value.dim, padded = round_up(key_dim, W);
+    Packing packing;
+    packing.operand[0] = job.key;
+    packing.operand[1] = job.value;
+    packing.base[0] = sample * job.key.batch + kv_head * job.key.head;
+    packing.base[1] = sample * job.value.batch + kv_head * job.value.head;
+    packing.transposed[0] = packing.transposed[1] = packing.rows[0] = true;
+    packing.rows[1] = packing.lanes = false;
+    const int64_t floats = packing.floats<S>();
+    const int64_t tokens = job.extra_lengths ? job.extra_lengths[sample] : job.extra_tokens;
+    const int num_lists = job.num_sources + (tokens ? 1 : 0);
+    const auto open = [&](int list, Sources& sources) {
+        if (list < job.num_sources)
+            open_sources<S>(block, list, sources);
+        else
+            open_extra<S>(tokens, sources);
+    };
+    int64_t chunks = 0;
+    Sources sources;
+    for (int list = 0; list < num_lists; ++list) {
+        open(list, sources);
+        const Cut cut = cut_sources(sources.frame, job.panel_bytes, floats);
+        chunks += cut.group_chunks * cut.column_chunks;
+    }
+    const bool keeps_state = chunks != 1;
+    const int64_t kept = keeps_state ? block.targets() : MOST_TARGETS;
+    Arena arena{static_cast<char*>(workspace.get(
+        STATE, (kept * padded + targets_floats(key_dim) + targets_floats(value_dim)) * 4 + 256))};
+    float* sums = arena.take<float>(kept * padded);
+    float* queries = arena.take<float>(targets_floats(key_dim));
+    float* grads = arena.take<float>(targets_floats(value_dim));
+    if (keeps_state)
+        for (int64_t i = 0; i < kept * padded; ++i) sums[i] = 0.0f;
+    const BiasTable bias = bias_of<S>(job, head, workspace);
+    const int64_t query_base = sample * job.query.batch + q_head * job.query.head;
+    const int64_t grad_out_base = sample * job.grad_out.batch + q_head * job.grad_out.head;
+    const int64_t lse_base = sample * job.lse_batch + q_head * job.lse_head;
+    const int64_t sums_base = sample * job.sums_batch + q_head * job.sums_head;
+    const int64_t to_base = sample * job.grad_query.batch + q_head * job.grad_query.head;
+    TileRoom<S> room;
+    QueryTile state;
+    const auto finish = [&](const Tile& tile) {
+        if (!job.grad_query.data) return;
+        block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) {
+            store_row<S>(job.dtype, job.grad_query, to_base + place_of(job.grad_query.axis, a, b, c), state.sums[t],
+                         job.scale);
+        });
+    };
+    for (int list = 0; list < num_lists; ++list) {
+        open(list, sources);
+        if (sources.is_extra) {
+            packing.operand[0] = job.extra_key;
+            packing.operand[1] = job.extra_value;
+            packing.base[0] = sample * job.extra_key.batch + kv_head * job.extra_key.head;
+            packing.base[1] = sample * job.extra_value.batch + kv_head * job.extra_value.head;
+        }
+        const bool has_bias = bias.data && !sources.is_extra;
+        each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
+            Panel panel;
+            fill_panel<S>(job, sources, chunk, packing, panel, workspace);
+            const Walk<S> walk{block, sources, chunk, bias, true, nullptr};
+            block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
+                load_targets<S>(block, tile, job.query, query_base, queries);
+                if (job.grad_out.data)
+                    load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
+                else
+                    for (int64_t i = 0; i < targets_floats(value_dim); ++i) grads[i] = 0.0f;
+                state.is_fresh = !keeps_state;
+                block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t place) VICINAL_LAMBDA {
+                    const float lse = job.lse[lse_base + place_of(job.lse_axis, a, b, c)];
+                    state.lse[t] = lse == -INFINITY ? 0.0f : lse * LOG2_E;
+                    state.row_sum[t] = job.row_sums[sums_base + place_of(job.sums_axis, a, b, c)];
+                    state.sums[t] = sums + (keeps_state ? place : t) * padded;
+                });
+                walk(tile, room.pass, [&](const Pass& pass) {
+#define VICINAL_CALL(T) \
+    grad_query_pass<S, T>(job, panel, queries, grads, state, room.scores, pass, has_bias, grad_bias, bias.data)
+                    VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
+#undef VICINAL_CALL
+                });
+                if (keeps_state) return;
+                if (state.is_fresh)
+                    for (int64_t i = 0; i < tile.count * padded; ++i) sums[i] = 0.0f;
+                finish(tile);
+            });
+        });
+    }
+    if (!keeps_state) return;
+    block.each_tile([&](const Tile& tile) {
+        block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) {
+            state.sums[t] = sums + place * padded;
+        });
+        finish(tile);
+    });
+}
+
+// ---- gradients of keys and values: targets are keys, sources queries
+
+struct KeyTile {
+    float* key_sums[MOST_TARGETS];
+    float* value_sums[MOST_TARGETS];
+    bool is_fresh;
+};
+
+template <class S, int T>
+inline void grad_key_pass(const Job& job, const Panel& panel, const float* keys, const float* values, KeyTile& tile,
+                          float* scores, const Pass& pass, bool has_bias) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
+    const F factor = S::all(job.scale * LOG2_E), nothing = S::all(-INFINITY);
+    alignas(64) float grads[MOST_VECTORS * T * W];
+    auto weigh = [&](int v, int t, F sum) VICINAL_LAMBDA {
+        const F lse = S::load(panel.lanes[0] + pass.group[v] * panel.width + pass.at[v]);
+        F score = S::mul(sum, factor);
+        if (has_bias) score = S::add(score, S::load(pass.bias[v][t]));
+        score = S::select(pass.seen[v][t], S::sub(score, lse), nothing);
+        S::store(scores + (v * T + t) * W, exp2_of<S>(score));
+    };
+    dot<S, T>(pass, keys, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, weigh);
+    const bool needs_keys = job.grad_key.data != nullptr;
+    if (needs_keys) {
+        auto differentiate = [&](int v, int t, F sum) VICINAL_LAMBDA {
+            const F row_sum = S::load(panel.lanes[1] + pass.group[v] * panel.width + pass.at[v]);
+            const F grad = S::mul(S::load(scores + (v * T + t) * W), S::sub(sum, row_sum));
+            S::store(grads + (v * T + t) * W, S::select(pass.seen[v][t], grad, S::zero()));
+        };
+        dot<S, T>(pass, values, units_of<S>(job.value.dim), panel.transposed[1], panel.width, grads, differentiate);
+    }
+    alignas(64) float ones[MOST_TARGETS];
+    for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;
+    const float* before = tile.is_fresh ? nullptr : ones;
+    narrow_weights<S, T>(pass, scores);
+    if (needs_keys) narrow_weights<S, T>(pass, grads);
+    if (job.grad_value.data)
+        mix<S, T>(pass, scores, panel.rows[1], panel.width, round_up(job.value.dim, W), before, tile.value_sums);
+    if (needs_keys)
+        mix<S, T>(pass, grads, panel.rows[0], panel.width, round_up(job.query.dim, W), before, tile.key_sums);
+    tile.is_fresh = false;
+}
+
+// Writes factor * sums, or adds it to what is there.
+template <class S>
+inline void write_row(int64_t dtype, const Operand& operand, int64_t offset, float* sums, float factor, bool adds) {
+    if (adds) {
+        Operand one = operand;
+        one.dim = 1;
+        for (int64_t d = 0; d < operand.dim; ++d) {
+            float before;
+            load_row<S>(dtype, one, offset + d * operand.channel, &before);
+            sums[d] = sums[d] * factor + before;
+        }
+        factor = 1.0f;
+    }
+    store_row<S>(dtype, operand, offset, sums, factor);
+}
+
+template <class S>
+void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace) {
+    constexpr int W = S::LANES;
+    const Block block(job, unit);
+    const int64_t key_dim = job.query.dim, value_dim = job.value.dim;
+    const int64_t key_padded = round_up(key_dim, W), value_padded = round_up(value_dim, W);
+    Packing packing;
+    packing.operand[0] = job.query;
+    packing.operand[1] = job.grad_out;
+    packing.transposed[0] = packing.transposed[1] = packing.rows[0] = packing.rows[1] = packing.lanes = true;
+    const int64_t floats = packing.floats<S>(), kept = block.targets();
+    Arena arena{static_cast<char*>(
+        workspace.get(STATE, (kept * (key_padded + value_padded) + targets_floats(key_dim) + targets_floats(value_dim)) * 4 + 256))};
+    float* key_sums = arena.take<float>(kept * key_padded);
+    float* value_sums = arena.take<float>(kept * value_padded);
+    float* keys = arena.take<float>(targets_floats(key_dim));
+    float* values = arena.take<float>(targets_floats(value_dim));
+    for (int64_t i = 0; i < kept * key_padded; ++i) key_sums[i] = 0.0f;
+    for (int64_t i = 0; i < kept * value_padded; ++i) value_sums[i] = 0.0f;
+    const int64_t key_base = sample * job.key.batch + head * job.key.head;
+    const int64_t value_base = sample * job.value.batch + head * job.value.head;
+    TileRoom<S> room;
+    alignas(64) float bias_room[MOST_VECTORS * MOST_TARGETS * W];
+    KeyTile state;
+    Sources sources;
+    // the group's query heads that share this key head
+    const int64_t head_begin = most(head * job.shared, job.first_head);
+    const int64_t head_end = least((head + 1) * job.shared, job.first_head + job.heads);
+    for (int64_t q_head = head_begin; q_head < head_end; ++q_head) {
+        packing.base[0] = sample * job.query.batch + q_head * job.query.head;
+        packing.base[1] = sample * job.grad_out.batch + q_head * job.grad_out.head;
+        packing.lse_base = sample * job.lse_batch + q_head * job.lse_head;
+        packing.sums_base = sample * job.sums_batch + q_head * job.sums_head;
+        const BiasTable bias = bias_of<S>(job, q_head - job.first_head, workspace);
+        for (int list = 0; list < job.num_sources; ++list) {
+            open_sources<S>(block, list, sources);
+            each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
+                Panel panel;
+                fill_panel<S>(job, sources, chunk, packing, panel, workspace);
+                const Walk<S> walk{block, sources, chunk, bias, false, bias_room};
+                block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
+                    load_targets<S>(block, tile, job.key, key_base, keys);
+                    load_targets<S>(block, tile, job.value, value_base, values);
+                    state.is_fresh = false;
+                    block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) VICINAL_LAMBDA {
+                        state.key_sums[t] = key_sums + place * key_padded;
+                        state.value_sums[t] = value_sums + place * value_padded;
+                    });
+                    walk(tile, room.pass, [&](const Pass& pass) {
+#define VICINAL_CALL(T) grad_key_pass<S, T>(job, panel, keys, values, state, room.scores, pass, bias.data != nullptr)
+                        VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
+#undef VICINAL_CALL
+                    });
+                });
+            });
+        }
+    }
+    // where heads of an earlier group share this key head, they have written their part
+    const bool adds = head * job.shared < job.first_head;
+    const int64_t to_key = sample * job.grad_key.batch + head * job.grad_key.head;
+    const int64_t to_value = sample * job.grad_value.batch + head * job.grad_value.head;
+    block.each_tile([&](const Tile& tile) {
+        block.each_target(tile, [&](int, int64_t a, int64_t b, int64_t c, int64_t place) {
+            if (job.grad_key.data)
+                write_row<S>(job.dtype, job.grad_key, to_key + place_of(job.grad_key.axis, a, b, c),
+                             key_sums + place * key_padded, job.scale, adds);
+            if (job.grad_value.data)
+                write_row<S>(job.dtype, job.grad_value, to_value + place_of(job.grad_value.axis, a, b, c),
+                             value_sums + place * value_padded, 1.0f, adds);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace vicinal
+
+#endif

@@ -1,0 +1,350 @@
+// The forward of a unit: output and log-sum-exp, with what the other directions share.
+
+#ifndef VICINAL_TILES_FORWARD_H
+#define VICINAL_TILES_FORWARD_H
+
+#include "tiles_kernel.h"
+
+namespace vicinal {
+namespace {
+
+// Room for one tile, on the stack: what it is computed from and what it sums up.
+template <class S>
+struct TileRoom {
+    alignas(64) float scores[MOST_VECTORS * MOST_TARGETS * S::LANES];
+    Pass pass;
+};
+
+// Memory that a unit takes from the thread's workspace, in one piece.
+struct Arena {
+    char* next;
+    template <class Item>
+    VICINAL_INLINE Item* take(int64_t count) {
+        Item* taken = reinterpret_cast<Item*>(next);
+        next += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
+        return taken;
+    }
+};
+
+VICINAL_INLINE int64_t targets_floats(int64_t dim) { return round_up(dim, DIM_BLOCK) * MOST_TARGETS; }
+
+struct RememberedBias {
+    int64_t serial, head;
+    bool reversed;
+};
+
+// The bias table of a head in the thread's workspace; kept while the head stays the same.
+template <class S>
+inline BiasTable bias_of(const Job& job, int64_t head, const Workspace& workspace) {
+    BiasTable table = bias_layout(job.bias_length, job.rows_per_vector, S::LANES / job.rows_per_vector);
+    if (!job.bias) return table;
+    const int64_t floats = bias_table_size(job.bias_length, table.R, table.C) + S::LANES;
+    char* memory = static_cast<char*>(workspace.get(BIAS, floats * 4 + 64));
+    RememberedBias* remembered = reinterpret_cast<RememberedBias*>(memory);
+    float* data = reinterpret_cast<float*>(memory + 64);
+    if (remembered->serial != job.serial || remembered->head != head) {
+        fill_bias_table(job, head, table, data);
+        remembered->serial = job.serial;
+        remembered->head = head;
+    }
+    table.data = data;
+    table.source = job.bias + head * job.bias_head;
+    return table;
+}
+
+// What a list of sources is packed from, and how.
+struct Packing {
+    Operand operand[2];
+    int64_t base[2];
+    bool transposed[2], rows[2];
+    bool lanes;  // lse and row sums too
+    int64_t lse_base, sums_base;
+
+    template <class S>
+    VICINAL_INLINE int64_t floats() const {  // per source
+        int64_t total = lanes ? 2 : 0;
+        for (int i = 0; i < 2; ++i) {
+            total += transposed[i] ? units_of<S>(operand[i].dim) : 0;
+            total += rows[i] ? round_up(operand[i].dim, S::LANES) / S::PAIR : 0;
+        }
+        return total;
+    }
+};
+
+template <class S>
+inline void fill_panel(const Job& job, const Sources& sources, const Chunk& chunk, const Packing& packing, Panel& panel,
+                       const Workspace& workspace) {
+    constexpr int W = S::LANES;
+    const Frame& f = sources.frame;
+    const int64_t columns = chunk.column_end - chunk.column_begin, groups = chunk.group_end - chunk.group_begin;
+    panel.chunk = chunk;
+    panel.width = panel_width(columns, f.R, f.C);
+    const int64_t size = groups * panel.width;
+    Arena arena{static_cast<char*>(workspace.get(PANEL, (size * packing.floats<S>() + 8 * W) * 4 + 64 * 8))};
+    const int64_t known = columns + f.C;
+    const int64_t padded = round_up(most(packing.operand[0].dim, packing.operand[1].dim), W);
+    Arena scratch{static_cast<char*>(workspace.get(SCRATCH, (known + padded * (W + 1)) * 4 + 64 * 4))};
+    int32_t* coordinates = scratch.take<int32_t>(known);
+    float* zeros = scratch.take<float>(padded);
+    float* rows = scratch.take<float>(padded * W);
+    for (int64_t c = 0; c < known; ++c)
+        coordinates[c] =
+            c < columns ? static_cast<int32_t>(source_coordinate(*f.axis[2], chunk.column_begin + c)) : -1;
+    for (int64_t d = 0; d < padded; ++d) zeros[d] = 0.0f;
+    const Packer<S> packer{job.dtype, f, chunk, panel.width, coordinates, rows, zeros};
+    for (int i = 0; i < 2; ++i) {
+        const int64_t dim = packing.operand[i].dim;
+        panel.transposed[i] = packing.transposed[i] ? arena.take<float>(size * units_of<S>(dim) + W) : nullptr;
+        panel.rows[i] = packing.rows[i] ? arena.take<float>(size / S::PAIR * round_up(dim, W)) : nullptr;
+        if (packing.transposed[i] || packing.rows[i])
+            packer.pack(packing.operand[i], packing.base[i], panel.transposed[i], panel.rows[i]);
+    }
+    panel.lanes[0] = panel.lanes[1] = nullptr;
+    if (packing.lanes) {
+        panel.lanes[0] = arena.take<float>(size + W);
+        panel.lanes[1] = arena.take<float>(size + W);
+        packer.pack_lanes(job.lse, job.lse_axis, packing.lse_base, LOG2_E, panel.lanes[0]);
+        packer.pack_lanes(job.row_sums, job.sums_axis, packing.sums_base, 1.0f, panel.lanes[1]);
+    }
+}
+
+template <class S, class Visit>
+inline void each_chunk(const Sources& sources, int64_t panel_bytes, int64_t floats, const Visit& visit) {
+    const Frame& f = sources.frame;
+    const Cut cut = cut_sources(f, panel_bytes, floats);
+    for (int64_t g = 0; g < cut.group_chunks; ++g)
+        for (int64_t c = 0; c < cut.column_chunks; ++c) {
+            Chunk chunk;
+            chunk.group_begin = g * cut.groups;
+            chunk.group_end = least(chunk.group_begin + cut.groups, f.row_groups());
+            chunk.column_begin = f.column_begin + c * cut.columns;
+            chunk.column_end = least(chunk.column_begin + cut.columns, f.column_end);
+            visit(chunk);
+        }
+}
+
+// Several floats at once: out[i] = function(in[i]).
+template <class S, class Function>
+VICINAL_INLINE void each_lane(int count, const float* in, float* out, const Function& function) {
+    alignas(64) float padded[MOST_TARGETS + S::LANES] = {};
+    for (int i = 0; i < count; ++i) padded[i] = in[i];
+    for (int i = 0; i < count; i += S::LANES) S::store(padded + i, function(S::load(padded + i)));
+    for (int i = 0; i < count; ++i) out[i] = padded[i];
+}
+
+// ---- forward
+
+template <class S>
+struct ForwardTile {
+    alignas(64) float targets_room[MOST_TARGETS * DIM_BLOCK];
+    float top[MOST_TARGETS], total[MOST_TARGETS];
+    float* sums[MOST_TARGETS];
+    bool is_fresh;  // nothing is summed up yet
+};
+
+template <class S, int T>
+inline void forward_pass(const Job& job, const Panel& panel, const float* targets, ForwardTile<S>& tile, float* scores,
+                         const Pass& pass, bool has_bias) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
+    const F factor = S::all(job.scale * LOG2_E), nothing = S::all(-INFINITY);
+    F top[T];
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) top[t] = S::all(FAR_BELOW);
+    auto plain = [&](int v, int t, F sum) VICINAL_LAMBDA {
+        const F score = S::select(pass.seen[v][t], S::mul(sum, factor), nothing);
+        top[t] = S::max(top[t], score);
+        S::store(scores + (v * T + t) * W, score);
+    };
+    auto biased = [&](int v, int t, F sum) VICINAL_LAMBDA {
+        const F score = S::select(pass.seen[v][t], S::fma(sum, factor, S::load(pass.bias[v][t])), nothing);
+        top[t] = S::max(top[t], score);
+        S::store(scores + (v * T + t) * W, score);
+    };
+    if (has_bias)
+        dot<S, T>(pass, targets, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, biased);
+    else
+        dot<S, T>(pass, targets, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, plain);
+    alignas(64) float change[MOST_TARGETS + W] = {};
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        const float highest = S::largest(top[t]), before = tile.top[t];
+        tile.top[t] = highest > before ? highest : before;
+        change[t] = before - tile.top[t];
+        top[t] = S::all(tile.top[t]);
+    }
+    F total[T];
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) total[t] = S::zero();
+    for (int v = 0; v < pass.count; ++v) {
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            float* at = scores + (v * T + t) * W;
+            const F weight = exp2_of<S>(S::sub(S::load(at), top[t]));
+            total[t] = S::add(total[t], weight);
+            S::store(at, weight);
+        }
+    }
+    narrow_weights<S, T>(pass, scores);
+    const int64_t padded = round_up(job.value.dim, W);
+    if (tile.is_fresh) {
+        for (int t = 0; t < T; ++t) tile.total[t] = S::sum(total[t]);
+        mix<S, T>(pass, scores, panel.rows[1], panel.width, padded, nullptr, tile.sums);
+    } else {
+        for (int t = 0; t < T; t += W) S::store(change + t, exp2_of<S>(S::load(change + t)));
+        for (int t = 0; t < T; ++t) tile.total[t] = tile.total[t] * change[t] + S::sum(total[t]);
+        mix<S, T>(pass, scores, panel.rows[1], panel.width, padded, change, tile.sums);
+    }
+    tile.is_fresh = false;
+}
+
+#define VICINAL_FOR_COUNT(count, call)                                                                             \
+    switch (count) {                                                                                               \
+        case 1: call(1); break;                                                                                    \
+        case 2: call(2); break;                                                                                    \
+        case 3: call(3); break;                                                                                    \
+        case 4: call(4); break;                                                                                    \
+        case 5: call(5); break;                                                                                    \
+        case 6: call(6); break;                                                                                    \
+        case 7: call(7); break;                                                                                    \
+        default: call(8); break;                                                                                   \
+    }
+
+// Natural logarithm of positive numbers, to about one unit in the last place.
+VICINAL_INLINE float log_of(float value) {
+    uint32_t bits = bits_of_float(value);
+    int exponent = static_cast<int>(bits >> 23) - 127;
+    float part = float_of_bits((bits & 0x7fffffu) | 0x3f800000u);
+    if (part > 1.41421356f) {
+        part *= 0.5f;
+        exponent += 1;
+    }
+    const float s = (part - 1.0f) / (part + 1.0f), square = s * s;
+    float series = square * (1.0f / 9.0f) + 1.0f / 7.0f;
+    series = series * square + 1.0f / 5.0f;
+    series = series * square + 1.0f / 3.0f;
+    return exponent * LN_2 + 2.0f * (s + s * square * series);
+}
+
+template <class S>
+inline void finish_forward(const Block& block, const Tile& tile, const ForwardTile<S>& done, int64_t out_base,
+                           int64_t lse_base) {
+    const Job& job = block.job;
+    block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
+        const float total = done.total[t];
+        store_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), done.sums[t],
+                     total > 0.0f ? 1.0f / total : 0.0f);
+        job.lse[lse_base + place_of(job.lse_axis, a, b, c)] =
+            total > 0.0f ? done.top[t] * LN_2 + log_of(total) : -INFINITY;
+    });
+}
+
+template <class S>
+void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace) {
+    constexpr int W = S::LANES;
+    const Block block(job, unit);
+    const int64_t q_head = job.first_head + head, kv_head = q_head / job.shared;
+    const int64_t padded = round_up(job.value.dim, W), key_dim = job.query.dim;
+    Packing packing;
+    packing.operand[0] = job.key;
+    packing.operand[1] = job.value;
+    packing.base[0] = sample * job.key.batch + kv_head * job.key.head;
+    packing.base[1] = sample * job.value.batch + kv_head * job.value.head;
+    packing.transposed[0] = packing.rows[1] = true;
+    packing.transposed[1] = packing.rows[0] = packing.lanes = false;
+    const int64_t floats = packing.floats<S>();
+    const int64_t tokens = job.extra_lengths ? job.extra_lengths[sample] : job.extra_tokens;
+    const int num_lists = job.num_sources + (tokens ? 1 : 0);
+    const auto open = [&](int list, Sources& sources) {
+        if (list < job.num_sources)
+            open_sources<S>(block, list, sources);
+        else
+            open_extra<S>(tokens, sources);
+    };
+    int64_t chunks = 0;
+    Sources sources;
+    for (int list = 0; list < num_lists; ++list) {
+        open(list, sources);
+        const Cut cut = cut_sources(sources.frame, job.panel_bytes, floats);
+        chunks += cut.group_chunks * cut.column_chunks;
+    }
+    const bool keeps_state = chunks != 1;
+    const int64_t kept = keeps_state ? block.targets() : MOST_TARGETS;
+    Arena arena{static_cast<char*>(workspace.get(STATE, (kept * (padded + 2) + targets_floats(key_dim)) * 4 + 256))};
+    float* sums = arena.take<float>(kept * padded);
+    float* top = arena.take<float>(kept);
+    float* total = arena.take<float>(kept);
+    float* targets = arena.take<float>(targets_floats(key_dim));
+    if (keeps_state) {
+        for (int64_t i = 0; i < kept * padded; ++i) sums[i] = 0.0f;
+        for (int64_t i = 0; i < kept; ++i) top[i] = FAR_BELOW;
+        for (int64_t i = 0; i < kept; ++i) total[i] = 0.0f;
+    }
+    const BiasTable bias = bias_of<S>(job, head, workspace);
+    const int64_t query_base = sample * job.query.batch + q_head * job.query.head;
+    const int64_t out_base = sample * job.out.batch + q_head * job.out.head;
+    const int64_t lse_base = sample * job.lse_batch + q_head * job.lse_head;
+    TileRoom<S> room;
+    ForwardTile<S> state;
+    for (int list = 0; list < num_lists; ++list) {
+        open(list, sources);
+        if (sources.is_extra) {
+            packing.operand[0] = job.extra_key;
+            packing.operand[1] = job.extra_value;
+            packing.base[0] = sample * job.extra_key.batch + kv_head * job.extra_key.head;
+            packing.base[1] = sample * job.extra_value.batch + kv_head * job.extra_value.head;
+        }
+        const bool has_bias = bias.data && !sources.is_extra;
+        each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
+            Panel panel;
+            fill_panel<S>(job, sources, chunk, packing, panel, workspace);
+            const Walk<S> walk{block, sources, chunk, bias, true, nullptr};
+            block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
+                load_targets<S>(block, tile, job.query, query_base, targets);
+                state.is_fresh = !keeps_state;
+                if (keeps_state) {
+                    block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) VICINAL_LAMBDA {
+                        state.top[t] = top[place];
+                        state.total[t] = total[place];
+                        state.sums[t] = sums + place * padded;
+                    });
+                } else {
+                    for (int t = 0; t < tile.count; ++t) {
+                        state.top[t] = FAR_BELOW;
+                        state.total[t] = 0.0f;
+                        state.sums[t] = sums + t * padded;
+                    }
+                }
+                walk(tile, room.pass, [&](const Pass& pass) {
+#define VICINAL_CALL(T) forward_pass<S, T>(job, panel, targets, state, room.scores, pass, has_bias)
+                    VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
+#undef VICINAL_CALL
+                });
+                if (keeps_state) {
+                    block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) VICINAL_LAMBDA {
+                        top[place] = state.top[t];
+                        total[place] = state.total[t];
+                    });
+                } else {
+                    if (state.is_fresh)  // nobody sees anything
+                        for (int64_t i = 0; i < tile.count * padded; ++i) sums[i] = 0.0f;
+                    finish_forward<S>(block, tile, state, out_base, lse_base);
+                }
+            });
+        });
+    }
+    if (!keeps_state) return;
+    block.each_tile([&](const Tile& tile) {
+        block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) {
+            state.top[t] = top[place];
+            state.total[t] = total[place];
+            state.sums[t] = sums + place * padded;
+        });
+        finish_forward<S>(block, tile, state, out_base, lse_base);
+    });
+}
+
+}  // namespace
+}  // namespace vicinal
+
+#endif

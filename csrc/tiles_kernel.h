@@ -1,0 +1,417 @@
+// One unit of work of the tiled strategy: a block of targets of one head, against all their sources.
+//
+//   for every list of sources (union members, turns of a wrapping axis, extra tokens)
+//     for every chunk of its sources that fits the panel: pack it
+//       for every tile of targets: a pass over each MOST_VECTORS vectors that the tile sees
+//
+// What a tile has summed up waits in the block's state between chunks; with a single chunk it goes straight out.
+
+#ifndef VICINAL_TILES_KERNEL_H
+#define VICINAL_TILES_KERNEL_H
+
+#include "micro.h"
+
+namespace vicinal {
+namespace {
+
+enum Slot { PANEL, STATE, COLUMNS, SCRATCH, BIAS };
+
+// A head's bias table as vectors of sources read it, times log2(e): [plane][row - R + 1 ...][column - C ...][row of R],
+// reversed on every axis where targets are keys.
+struct BiasTable {
+    const float* data = nullptr;
+    const float* source = nullptr;  // the table as it was given
+    int64_t plane, row;             // strides
+    int64_t length[3];
+    int R, C;
+
+    VICINAL_INLINE int64_t at(int64_t plane_index, int64_t row_index, int64_t column_index) const {
+        const int64_t rows = least(most(row_index, 1 - R), length[1] - 1) + R - 1;
+        const int64_t columns = least(most(column_index, -C), length[2] - 1) + C;
+        return plane_index * plane + rows * row + columns * R;
+    }
+};
+
+VICINAL_INLINE int64_t bias_table_size(const int32_t* length, int R, int C) {
+    return static_cast<int64_t>(length[0]) * (length[1] + R - 1) * (length[2] + 2 * C) * R;
+}
+
+VICINAL_INLINE BiasTable bias_layout(const int32_t* length, int R, int C) {
+    BiasTable table;
+    table.row = static_cast<int64_t>(length[2] + 2 * C) * R;
+    table.plane = table.row * (length[1] + R - 1);
+    for (int a = 0; a < 3; ++a) table.length[a] = length[a];
+    table.R = R;
+    table.C = C;
+    return table;
+}
+
+inline void fill_bias_table(const Job& job, int64_t head, const BiasTable& table, float* to) {
+    const float* from = job.bias + head * job.bias_head;
+    const int64_t columns = table.length[2] + 2 * table.C;
+    for (int64_t plane = 0; plane < table.length[0]; ++plane) {
+        for (int64_t row = 0; row < table.length[1] + table.R - 1; ++row) {
+            for (int64_t column = 0; column < columns; ++column) {
+                for (int r = 0; r < table.R; ++r) {
+                    int64_t index[3] = {plane, row - table.R + 1 + r, column - table.C};
+                    bool is_inside = true;
+                    int64_t at = 0;
+                    for (int a = 0; a < 3; ++a) {
+                        is_inside = is_inside && index[a] >= 0 && index[a] < table.length[a];
+                        if (job.bias_is_reversed) index[a] = table.length[a] - 1 - index[a];
+                        at += index[a] * job.bias_stride[a];
+                    }
+                    to[plane * table.plane + row * table.row + column * table.R + r] = is_inside ? from[at] * LOG2_E : 0.0f;
+                }
+            }
+        }
+    }
+}
+
+// A few neighboring targets: one plane, T1 rows, T2 columns.
+struct Tile {
+    int64_t plane;      // target of the class on the first axis
+    Run row, column;    // targets of the class on the others
+    int count;          // of targets, row by row
+    int64_t state;      // the first target's place in the block, and what a row adds
+    int64_t state_row;
+
+    VICINAL_INLINE int rows() const { return row.end - row.begin; }
+    VICINAL_INLINE int columns() const { return column.end - column.begin; }
+};
+
+// A block of targets and what is remembered of them between chunks.
+struct Block {
+    const Job& job;
+    const Unit& unit;
+    Run plane, row_tiles, column_tiles, row, column;  // targets and tiles of the class
+
+    Block(const Job& j, const Unit& u) : job(j), unit(u) {
+        const Run p = u.axis[0]->blocks[u.block[0]];
+        plane = {u.axis[0]->tiles[p.begin].begin, u.axis[0]->tiles[p.end - 1].end};
+        row_tiles = u.axis[1]->blocks[u.block[1]];
+        column_tiles = u.axis[2]->blocks[u.block[2]];
+        row = {u.axis[1]->tiles[row_tiles.begin].begin, u.axis[1]->tiles[row_tiles.end - 1].end};
+        column = {u.axis[2]->tiles[column_tiles.begin].begin, u.axis[2]->tiles[column_tiles.end - 1].end};
+    }
+    VICINAL_INLINE int64_t targets() const {
+        return static_cast<int64_t>(plane.end - plane.begin) * (row.end - row.begin) * (column.end - column.begin);
+    }
+    template <class Function>
+    VICINAL_INLINE void each_tile(const Function& function) const {
+        const int64_t rows = row.end - row.begin, columns = column.end - column.begin;
+        for (int32_t p = plane.begin; p < plane.end; ++p)
+            for (int32_t r = row_tiles.begin; r < row_tiles.end; ++r)
+                for (int32_t c = column_tiles.begin; c < column_tiles.end; ++c) {
+                    Tile tile;
+                    tile.plane = p;
+                    tile.row = unit.axis[1]->tiles[r];
+                    tile.column = unit.axis[2]->tiles[c];
+                    tile.count = tile.rows() * tile.columns();
+                    tile.state = ((p - plane.begin) * rows + (tile.row.begin - row.begin)) * columns + tile.column.begin -
+                                 column.begin;
+                    tile.state_row = columns;
+                    function(tile);
+                }
+    }
+    // Where the targets of a tile stand: function(number in the tile, coordinates, place in the state).
+    template <class Function>
+    VICINAL_INLINE void each_target(const Tile& tile, const Function& function) const {
+        const Axis &a = *unit.axis[0], &b = *unit.axis[1], &c = *unit.axis[2];
+        const int64_t plane_at = a.first + a.step * tile.plane;
+        int number = 0;
+        for (int32_t r = tile.row.begin; r < tile.row.end; ++r) {
+            const int64_t row_at = b.first + static_cast<int64_t>(b.step) * r;
+            const int64_t state = tile.state + (r - tile.row.begin) * tile.state_row;
+            for (int32_t k = tile.column.begin; k < tile.column.end; ++k, ++number)
+                function(number, plane_at, row_at, c.first + static_cast<int64_t>(c.step) * k,
+                         state + (k - tile.column.begin));
+        }
+    }
+};
+
+VICINAL_INLINE int64_t place_of(const int64_t* strides, int64_t a, int64_t b, int64_t c) {
+    return a * strides[0] + b * strides[1] + c * strides[2];
+}
+
+// The targets of a tile as `dot` reads them.
+template <class S>
+VICINAL_INLINE void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to) {
+    const int64_t dtype = block.job.dtype;
+    block.each_target(tile, [&](int number, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
+        const int64_t offset = base + place_of(operand.axis, a, b, c);
+        constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
+        if (operand.dim <= BLOCK) {
+            load_units<S>(dtype, operand, offset, to + number * DIM_BLOCK);
+            return;
+        }
+        Operand part = operand;
+        for (int64_t begin = 0; begin < operand.dim; begin += BLOCK) {
+            part.dim = static_cast<int32_t>(least(BLOCK, operand.dim - begin));
+            load_units<S>(dtype, part, offset + begin * operand.channel,
+                          to + (begin / BLOCK * MOST_TARGETS + number) * DIM_BLOCK);
+        }
+    });
+}
+
+// One list of sources of a block: its frame, and what masks and biases need.
+struct Sources {
+    Frame frame;
+    Interval extra[3];  // the axes of extra tokens
+    bool is_extra;
+    int list;
+
+    // of a target of the class on an axis
+    VICINAL_INLINE int64_t low(int axis, int64_t target) const { return is_extra ? 0 : frame.axis[axis]->low[target]; }
+    VICINAL_INLINE int64_t high(int axis, int64_t target) const {
+        return is_extra ? (axis == 2 ? frame.column_end : 1) : frame.axis[axis]->high[target];
+    }
+};
+
+// Where vectors may begin: units of two neighboring sources must not be torn apart.
+template <class S>
+VICINAL_INLINE int64_t even_column(int R, int64_t column) {
+    return S::PAIR == 2 && R == 1 ? column & ~static_cast<int64_t>(1) : column;
+}
+
+template <class S>
+VICINAL_INLINE void open_sources(const Block& block, int list, Sources& to) {
+    Frame& f = to.frame;
+    to.is_extra = false;
+    to.list = list;
+    for (int a = 0; a < 3; ++a) f.axis[a] = &block.unit.axis[a]->sources[list];
+    f.R = block.job.rows_per_vector;
+    f.C = S::LANES / f.R;
+    f.plane_begin = f.axis[0]->low[block.plane.begin];
+    f.plane_end = most(f.axis[0]->high[block.plane.end - 1], f.plane_begin);
+    f.row_begin = f.axis[1]->low[block.row.begin];
+    f.row_end = most(f.axis[1]->high[block.row.end - 1], f.row_begin);
+    f.column_begin = even_column<S>(f.R, f.axis[2]->low[block.column.begin]);
+    f.column_end = most(f.axis[2]->high[block.column.end - 1], f.column_begin);
+    const int64_t anchor = block.unit.axis[1]->anchors[block.unit.block[1] * block.job.num_sources + list];
+    int64_t beyond = (f.row_begin - anchor) % f.R;
+    if (beyond < 0) beyond += f.R;
+    f.row_origin = f.row_begin - beyond;
+    f.groups = (f.row_end - f.row_origin + f.R - 1) / f.R;
+    if (f.row_end == f.row_begin || f.column_end == f.column_begin) f.plane_end = f.plane_begin;
+}
+
+template <class S>
+VICINAL_INLINE void open_extra(int64_t tokens, Sources& to) {
+    Frame& f = to.frame;
+    to.is_extra = true;
+    to.list = -1;
+    for (int a = 0; a < 3; ++a) {
+        to.extra[a] = {nullptr, nullptr, nullptr, 0, 1, 0};
+        f.axis[a] = &to.extra[a];
+    }
+    f.R = 1;
+    f.C = S::LANES;
+    f.plane_begin = f.row_begin = f.row_origin = f.column_begin = 0;
+    f.plane_end = f.row_end = f.groups = 1;
+    f.column_end = tokens;
+}
+
+// How much of a list of sources goes into the panel at once, `floats` per source.
+struct Cut {
+    int64_t groups, columns;
+    int64_t group_chunks, column_chunks;
+};
+
+VICINAL_INLINE Cut cut_sources(const Frame& frame, int64_t panel_bytes, int64_t floats) {
+    Cut cut;
+    const int64_t columns = frame.column_end - frame.column_begin, groups = frame.row_groups();
+    const int64_t room = most(panel_bytes / (4 * floats), 64);  // sources
+    cut.columns = columns;
+    if (panel_width(columns, frame.R, frame.C) > room)
+        cut.columns = most(round_up(room / frame.R - frame.C, frame.C) - frame.C, frame.C);
+    cut.columns = least(round_up(cut.columns, 2), columns);  // a chunk begins where a unit does
+    cut.groups = least(most(room / panel_width(most(cut.columns, 1), frame.R, frame.C), 1), most(groups, 1));
+    cut.group_chunks = groups ? (groups + cut.groups - 1) / cut.groups : 0;
+    cut.column_chunks = columns ? (columns + cut.columns - 1) / cut.columns : 0;
+    return cut;
+}
+
+VICINAL_INLINE bool sees_earlier(const Earlier& earlier, int axis, int64_t query, int64_t key) {
+    int64_t distance = key - earlier.start[axis][query];
+    if (earlier.wraps[axis]) {
+        distance %= earlier.length[axis];
+        if (distance < 0) distance += earlier.length[axis];
+    }
+    return distance >= 0 && distance % earlier.step[axis] == 0 &&
+           distance / earlier.step[axis] < earlier.count[axis][query];
+}
+
+// The vectors that a tile looks at, a pass at a time.
+template <class S>
+struct Walk {
+    static constexpr int W = S::LANES;
+    const Block& block;
+    const Sources& sources;
+    const Chunk& chunk;
+    const BiasTable& bias;
+    bool targets_are_queries;
+    float* bias_room;  // [MOST_VECTORS][MOST_TARGETS][LANES], where biases must be looked up one by one
+
+    VICINAL_INLINE uint32_t column_lanes(int64_t low, int64_t high, int64_t begin) const {
+        const int R = sources.frame.R;
+        const int64_t from = least(most((low - begin) * R, 0), W), to = least(most((high - begin) * R, 0), W);
+        return from < to ? ((1u << (to - from)) - 1u) << from : 0u;
+    }
+
+    // Lanes of the rows low <= row < high of the group that begins at `begin`.
+    VICINAL_INLINE uint32_t row_lanes(int64_t low, int64_t high, int64_t begin) const {
+        const int R = sources.frame.R;
+        const int64_t from = least(most(low - begin, 0), R), to = least(most(high - begin, 0), R);
+        if (from >= to) return 0u;
+        uint32_t pattern = ((1u << (to - from)) - 1u) << from;
+        for (int width = R; width < W; width *= 2) pattern |= pattern << width;
+        return pattern & ((1u << W) - 1u);
+    }
+
+    // Lanes that an earlier member has, for one target.
+    inline uint32_t earlier_lanes(const int64_t* target, int64_t plane, int64_t row, int64_t column) const {
+        const Frame& f = sources.frame;
+        uint32_t lanes = 0;
+        for (int lane = 0; lane < W; ++lane) {
+            const int64_t source[3] = {source_coordinate(*f.axis[0], plane),
+                                       source_coordinate(*f.axis[1], row + lane % f.R),
+                                       source_coordinate(*f.axis[2], column + lane / f.R)};
+            bool is_seen = false;
+            for (int m = 0; m < block.job.num_earlier[sources.list] && !is_seen; ++m) {
+                is_seen = true;
+                for (int a = 0; a < 3; ++a) {
+                    const int64_t query = targets_are_queries ? target[a] : source[a];
+                    const int64_t key = targets_are_queries ? source[a] : target[a];
+                    is_seen = is_seen && sees_earlier(block.job.earlier[m], a, query, key);
+                }
+            }
+            lanes |= is_seen ? 1u << lane : 0u;
+        }
+        return lanes;
+    }
+
+    // Calls flush(pass) for every pass; vectors that nobody sees are left out.
+    template <class Flush>
+    VICINAL_INLINE void operator()(const Tile& tile, Pass& pass, const Flush& flush) const {
+        const Frame& f = sources.frame;
+        const int rows = tile.rows(), columns = tile.columns();
+        const int64_t column_low =
+            even_column<S>(sources.frame.R, most(sources.low(2, tile.column.begin), chunk.column_begin));
+        const int64_t column_high = least(sources.high(2, tile.column.end - 1), chunk.column_end);
+        const int64_t row_low = sources.low(1, tile.row.begin), row_high = sources.high(1, tile.row.end - 1);
+        const int64_t plane_low = sources.low(0, tile.plane), plane_high = sources.high(0, tile.plane);
+        pass.count = 0;
+        if (column_low >= column_high || row_low >= row_high) return;
+        const int64_t vectors = (column_high - column_low + f.C - 1) / f.C;
+        const int64_t group_low = (row_low - f.row_origin) / f.R;
+        const int64_t group_high = (row_high - f.row_origin + f.R - 1) / f.R;
+        constexpr int KEPT = 8;
+        uint32_t kept[KEPT][MOST_TARGETS];
+        if (vectors <= KEPT)
+            for (int64_t v = 0; v < vectors; ++v)
+                for (int c = 0; c < columns; ++c) kept[v][c] = column_mask(tile, c, column_low + v * f.C);
+        const bool has_earlier = !sources.is_extra && block.job.num_earlier[sources.list] > 0;
+        const bool has_bias = !sources.is_extra && bias.data;
+        for (int64_t plane = plane_low; plane < plane_high; ++plane) {
+            for (int64_t group = group_low; group < group_high; ++group) {
+                const int64_t place = (plane - f.plane_begin) * f.groups + group;
+                if (place < chunk.group_begin || place >= chunk.group_end) continue;
+                const int64_t row = f.row_origin + group * f.R;
+                uint32_t row_mask[MOST_TARGETS];
+                for (int r = 0; r < rows; ++r)
+                    row_mask[r] = row_lanes(sources.low(1, tile.row.begin + r), sources.high(1, tile.row.begin + r), row);
+                for (int64_t v = 0; v < vectors; ++v) {
+                    const int64_t column = column_low + v * f.C;
+                    const int n = pass.count;
+                    uint32_t any = 0;
+                    int t = 0;
+                    if (vectors <= KEPT) {
+                        for (int r = 0; r < rows; ++r)
+                            for (int c = 0; c < columns; ++c, ++t) any |= pass.seen[n][t] = row_mask[r] & kept[v][c];
+                    } else {
+                        for (int r = 0; r < rows; ++r)
+                            for (int c = 0; c < columns; ++c, ++t)
+                                any |= pass.seen[n][t] = row_mask[r] & column_mask(tile, c, column);
+                    }
+                    if (has_earlier) any = without_earlier(tile, pass.seen[n], plane, row, column);
+                    if (!any) continue;
+                    pass.any[n] = any;
+                    pass.group[n] = place - chunk.group_begin;
+                    pass.at[n] = (column - chunk.column_begin) * f.R;
+                    if (has_bias) {
+                        if (block.job.center[0])
+                            look_up_bias(tile, pass.bias[n], n, plane, row, column);
+                        else
+                            add_bias(tile, pass.bias[n], plane, row, column);
+                    }
+                    if (++pass.count == MOST_VECTORS) {
+                        flush(pass);
+                        pass.count = 0;
+                    }
+                }
+            }
+        }
+        if (pass.count) flush(pass);
+    }
+
+    VICINAL_INLINE uint32_t column_mask(const Tile& tile, int column, int64_t begin) const {
+        const int64_t low = most(sources.low(2, tile.column.begin + column), chunk.column_begin);
+        const int64_t high = least(sources.high(2, tile.column.begin + column), chunk.column_end);
+        return column_lanes(low, high, begin);
+    }
+
+    inline uint32_t without_earlier(const Tile& tile, uint32_t* seen, int64_t plane, int64_t row, int64_t column) const {
+        uint32_t any = 0;
+        block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) {
+            const int64_t target[3] = {a, b, c};
+            if (seen[t]) seen[t] &= ~earlier_lanes(target, plane, row, column);
+            any |= seen[t];
+        });
+        return any;
+    }
+
+    // Where targets are keys and the centers of queries are not their coordinates, as between two grids.
+    inline void look_up_bias(const Tile& tile, const float** to, int vector, int64_t plane, int64_t row, int64_t column) const {
+        const Frame& f = sources.frame;
+        const Job& job = block.job;
+        block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) {
+            const int64_t key[3] = {a, b, c};
+            const int64_t target[3] = {tile.plane, tile.row.begin + t / tile.columns(),
+                                       tile.column.begin + t % tile.columns()};
+            float* room = bias_room + (vector * MOST_TARGETS + t) * W;
+            for (int lane = 0; lane < W; ++lane) {
+                const int64_t place[3] = {plane, row + lane % f.R, column + lane / f.R};
+                float number = 0.0f;
+                int64_t at = 0;
+                for (int d = 0; d < 3; ++d) {
+                    const Interval& axis = *f.axis[d];
+                    if (place[d] < axis.low[target[d]] || place[d] >= axis.high[target[d]]) break;
+                    const int64_t center = job.center[d][axis.first + axis.step * place[d]];
+                    // key and center differ by whole steps; bias_offset is half the table less the key's place in steps
+                    const int64_t beyond = (key[d] % axis.step - center) / axis.step;
+                    at += (job.bias_length[d] - 1 - axis.bias_offset[target[d]] + beyond) * job.bias_stride[d];
+                    if (d == 2) number = bias.source[at] * LOG2_E;
+                }
+                room[lane] = number;
+            }
+            to[t] = room;
+        });
+    }
+
+    VICINAL_INLINE void add_bias(const Tile& tile, const float** to, int64_t plane, int64_t row, int64_t column) const {
+        const Frame& f = sources.frame;
+        const int64_t plane_at = f.axis[0]->bias_offset[tile.plane] + plane;
+        int t = 0;
+        for (int32_t r = tile.row.begin; r < tile.row.end; ++r) {
+            const int64_t row_at = f.axis[1]->bias_offset[r] + row;
+            for (int32_t c = tile.column.begin; c < tile.column.end; ++c, ++t)
+                to[t] = bias.data + bias.at(plane_at, row_at, f.axis[2]->bias_offset[c] + column);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace vicinal
+
+#endif

@@ -1,0 +1,446 @@
+#include "tiles_plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <numeric>
+
+namespace vicinal {
+
+namespace {
+
+constexpr int64_t PANEL_BYTES = 448 << 10;  // of a second-level cache of half a megabyte and more
+constexpr int64_t STATE_BYTES = 256 << 10;
+constexpr int64_t EVEN_SHARES = 8;  // units should come out even on so many threads; not on the threads there are,
+                                    // so that results do not depend on them
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
+int64_t ceil_div(int64_t a, int64_t b) { return floor_div(a + b - 1, b); }
+
+SourceAxis forward_axis(const AxisTable& table, bool takes_bias, int64_t bias_length) {
+    SourceAxis axis;
+    axis.step = static_cast<int32_t>(table.step);
+    axis.turn = table.wraps ? static_cast<int32_t>(table.length / table.step) : 0;
+    for (int64_t query = 0; query < table.queries; ++query) {
+        const int64_t first = floor_mod(table.start[query], table.step);
+        const int64_t low = (table.start[query] - first) / table.step;
+        axis.first.push_back(static_cast<int32_t>(first));
+        axis.low.push_back(static_cast<int32_t>(low));
+        axis.high.push_back(static_cast<int32_t>(low + table.count[query]));
+        const int64_t offset = takes_bias ? floor_div(first - table.center[query], table.step) + bias_length / 2 : 0;
+        axis.bias_offset.push_back(static_cast<int32_t>(offset));
+    }
+    return axis;
+}
+
+// Who sees each key when it is taken `turn` turns further along a wrapping axis.
+SourceAxis backward_axis(const AxisTable& table, int64_t turn, bool takes_bias, int64_t bias_length) {
+    SourceAxis axis;
+    const int64_t step = table.step, members = table.wraps ? table.length / step : 0;
+    axis.step = static_cast<int32_t>(step);
+    axis.low.assign(table.length, 0);
+    axis.high.assign(table.length, 0);
+    axis.first.assign(table.length, 0);
+    axis.bias_offset.assign(table.length, 0);
+    for (int64_t c = 0; c < std::min(step, table.queries); ++c) {
+        const int64_t residue = floor_mod(table.start[c], step), queries = (table.queries - c + step - 1) / step;
+        int64_t low = 0, high = 0;
+        for (int64_t key = residue; key < table.length; key += step) {
+            const int64_t place = (key - residue) / step + turn * members;
+            const auto begin = [&](int64_t p) { return (table.start[c + step * p] - residue) / step; };
+            const auto end = [&](int64_t p) { return begin(p) + table.count[c + step * p]; };
+            while (low < queries && end(low) <= place) ++low;
+            while (high < queries && begin(high) <= place) ++high;
+            axis.low[key] = static_cast<int32_t>(low);
+            axis.high[key] = static_cast<int32_t>(std::max(low, high));
+            axis.first[key] = static_cast<int32_t>(c);
+            axis.bias_offset[key] = takes_bias ? static_cast<int32_t>(bias_length / 2 - place) : 0;
+        }
+    }
+    return axis;
+}
+
+bool sees_nothing(const SourceAxis& axis) {
+    for (size_t i = 0; i < axis.low.size(); ++i)
+        if (axis.low[i] < axis.high[i]) return false;
+    return true;
+}
+
+int64_t widest(const std::vector<SourceList>& lists, int axis) {
+    int64_t width = 0;
+    for (const SourceList& list : lists)
+        for (size_t i = 0; i < list.axis[axis].low.size(); ++i)
+            width = std::max<int64_t>(width, list.axis[axis].high[i] - list.axis[axis].low[i]);
+    return width;
+}
+
+// How an axis is cut into tiles, for one class.
+struct Cutting {
+    int64_t unit;      // sources of a vector along this axis
+    bool is_aligned;   // vectors begin at multiples of `unit` from the segment's first source
+    int64_t most;      // targets of a tile
+    double weight;     // what a vector costs beside its targets, in targets
+    bool is_even;      // vectors begin at even sources
+};
+
+using Bounds = std::vector<const SourceAxis*>;  // of all lists
+
+// The targets of a class are first, first + step, ...; this looks one up.
+struct ClassView {
+    const Bounds& lists;
+    int64_t first, step, targets;
+    int64_t low(size_t list, int64_t target) const { return lists[list]->low[first + step * target]; }
+    int64_t high(size_t list, int64_t target) const { return lists[list]->high[first + step * target]; }
+};
+
+int64_t vectors_of(const ClassView& view, const Cutting& cutting, int64_t segment, int64_t begin, int64_t end) {
+    int64_t total = 0;
+    for (size_t list = 0; list < view.lists.size(); ++list) {
+        int64_t low = view.low(list, begin), high = view.high(list, end - 1);
+        if (cutting.is_aligned) {
+            const int64_t anchor = view.low(list, segment);
+            low = anchor + floor_div(low - anchor, cutting.unit) * cutting.unit;
+        }
+        if (cutting.is_even) low = floor_div(low, 2) * 2;
+        total += std::max<int64_t>(ceil_div(high - low, cutting.unit), 0);
+    }
+    return total;
+}
+
+// Where windows part: targets from here on share no source with those before.
+std::vector<int64_t> segments_of(const ClassView& view) {
+    std::vector<int64_t> begins{0};
+    for (int64_t target = 1; target < view.targets; ++target) {
+        bool parts = true;
+        for (size_t list = 0; list < view.lists.size(); ++list)
+            parts = parts && view.low(list, target) >= view.high(list, target - 1);
+        if (parts) begins.push_back(target);
+    }
+    begins.push_back(view.targets);
+    return begins;
+}
+
+// Tiles of one segment with the least sum of (targets + weight) * vectors + weight.
+void cut_segment(const ClassView& view, const Cutting& cutting, int64_t begin, int64_t end, std::vector<Run>& tiles) {
+    const int64_t count = end - begin;
+    std::vector<double> cost(count + 1, 0.0);
+    std::vector<int64_t> length(count + 1, 0);
+    for (int64_t i = count - 1; i >= 0; --i) {
+        cost[i] = 1e300;
+        for (int64_t n = 1; n <= std::min(cutting.most, count - i); ++n) {
+            const double vectors = static_cast<double>(vectors_of(view, cutting, begin, begin + i, begin + i + n));
+            const double total = (n + cutting.weight) * vectors + cutting.weight + cost[i + n];
+            if (total < cost[i]) {
+                cost[i] = total;
+                length[i] = n;
+            }
+        }
+    }
+    for (int64_t i = 0; i < count; i += length[i])
+        tiles.push_back({static_cast<int32_t>(begin + i), static_cast<int32_t>(begin + i + length[i])});
+}
+
+std::vector<Run> cut_class(const ClassView& view, const Cutting& cutting) {
+    std::vector<Run> tiles;
+    const std::vector<int64_t> begins = segments_of(view);
+    for (size_t s = 0; s + 1 < begins.size(); ++s) cut_segment(view, cutting, begins[s], begins[s + 1], tiles);
+    return tiles;
+}
+
+// Distinct (targets, vectors) of an axis's tiles, and how often each comes.
+std::map<std::pair<int64_t, int64_t>, int64_t> kinds_of(const ClassView& view, const Cutting& cutting,
+                                                       const std::vector<Run>& tiles) {
+    std::map<std::pair<int64_t, int64_t>, int64_t> kinds;
+    const std::vector<int64_t> begins = segments_of(view);
+    size_t s = 0;
+    for (const Run& tile : tiles) {
+        while (begins[s + 1] <= tile.begin) ++s;
+        ++kinds[{tile.end - tile.begin, vectors_of(view, cutting, begins[s], tile.begin, tile.end)}];
+    }
+    return kinds;
+}
+
+// Cycles of a tile, counted for one plane.
+double tile_cost(const PlanRequest& request, double targets, double vectors) {
+    const double lanes = request.lanes, busy = std::max(targets, 3.0);
+    const double scores = request.key_dim * busy / 2 / request.pair;
+    const double sums = ceil_div(request.value_dim, request.lanes) * lanes * busy / 2 / request.pair;
+    return vectors * (scores + sums + 12 * targets + 12) + 15 * targets + 90;
+}
+
+// The first of many targets: windows repeat themselves, and one choice is as good as another for a few at the border.
+ClassView some_of(ClassView view) {
+    view.targets = std::min<int64_t>(view.targets, 192);
+    return view;
+}
+
+struct Shape {
+    int rows_per_vector;
+    Cutting rows, columns;
+    double cost;
+};
+
+Shape choose_shape(const PlanRequest& request, const ClassView& rows, const ClassView& columns, int64_t widest_row) {
+    Shape best{1, {}, {}, 1e300};
+    static const int SIZES[][2] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}, {2, 2}, {1, 4}, {4, 1}, {2, 3}, {3, 2}, {1, 7}, {1, 6}, {1, 2}, {1, 1}};
+    for (int R = 1; R <= request.lanes; R *= 2) {
+        if (R > 1 && R / 2 >= widest_row) break;
+        for (const auto& size : SIZES) {
+            if ((size[0] > 1 && rows.targets == 1) || (size[1] > 1 && columns.targets == 1)) continue;
+            for (double weight : {0.25, 1.0, 3.0}) {
+                const Cutting row_cut{R, true, size[0], weight, false};
+                const Cutting column_cut{request.lanes / R, false, size[1], weight, request.pair == 2 && R == 1};
+                const auto row_kinds = kinds_of(rows, row_cut, cut_class(rows, row_cut));
+                const auto column_kinds = kinds_of(columns, column_cut, cut_class(columns, column_cut));
+                double cost = 0;
+                for (const auto& [row, row_times] : row_kinds)
+                    for (const auto& [column, column_times] : column_kinds)
+                        cost += static_cast<double>(row_times) * column_times *
+                                tile_cost(request, row.first * column.first, row.second * column.second);
+                if (cost < best.cost) best = {R, row_cut, column_cut, cost};
+            }
+        }
+    }
+    return best;
+}
+
+// Blocks of at most `most` targets; with `parts`, none reaches over a gap between windows.
+std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles, int64_t most, bool parts) {
+    std::vector<Run> blocks;
+    const std::vector<int64_t> begins = segments_of(view);
+    size_t s = 0;
+    for (size_t t = 0; t < tiles.size(); ++t) {
+        bool opens = blocks.empty() || tiles[t].end - tiles[blocks.back().begin].begin > most;
+        while (begins[s + 1] <= tiles[t].begin) {
+            ++s;
+            opens = opens || parts;
+        }
+        if (opens) blocks.push_back({static_cast<int32_t>(t), static_cast<int32_t>(t)});
+        blocks.back().end = static_cast<int32_t>(t + 1);
+    }
+    return blocks;
+}
+
+// What blocks of some size cost on an axis.
+struct BlockSize {
+    int64_t most;
+    double blocks, sources, widest, targets;
+};
+
+std::vector<BlockSize> block_sizes(const ClassView& view, const std::vector<Run>& tiles, bool parts) {
+    std::vector<BlockSize> sizes;
+    int64_t last = -1;
+    for (int64_t pieces : {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096}) {
+        const int64_t most = ceil_div(view.targets, pieces);
+        if (most == last) continue;
+        last = most;
+        BlockSize size{most, 0, 0, 0, 0};
+        for (const Run& block : join_tiles(view, tiles, most, parts)) {
+            const int64_t begin = tiles[block.begin].begin, end = tiles[block.end - 1].end;
+            double sources = 0;
+            for (size_t list = 0; list < view.lists.size(); ++list)
+                sources += std::max<int64_t>(view.high(list, end - 1) - view.low(list, begin), 0);
+            size.blocks += 1;
+            size.sources += sources;
+            size.widest = std::max(size.widest, sources);
+            size.targets = std::max<double>(size.targets, static_cast<double>(end - begin));
+        }
+        sizes.push_back(size);
+        if (most == 1) break;
+    }
+    return sizes;
+}
+
+struct Blocking {
+    int64_t most[AXES];
+};
+
+Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, double compute, double classes) {
+    Blocking best{{1, 1, 1}};
+    double least_cost = 1e300;
+    const double pack = 1.0 + 0.4 * request.floats * 16 / request.lanes / 8;
+    const double state = 4.0 * (request.value_dim + request.lanes);
+    for (const BlockSize& a : sizes[0])
+        for (const BlockSize& b : sizes[1])
+            for (const BlockSize& c : sizes[2]) {
+                const double blocks = a.blocks * b.blocks * c.blocks, targets = a.targets * b.targets * c.targets;
+                const double bytes = a.widest * b.widest * c.widest * request.floats * 4;
+                double cost = a.sources * b.sources * c.sources * pack + blocks * 600;
+                if (bytes > PANEL_BYTES) {
+                    if (targets * state > STATE_BYTES) continue;
+                    cost += blocks * targets * std::ceil(bytes / PANEL_BYTES) * (request.value_dim / 4.0 + 40);
+                }
+                const double units = blocks * classes * request.copies, shares = EVEN_SHARES;
+                const double idle = std::ceil(units / shares) * shares / units - 1;
+                cost += (compute + cost) * std::min(idle, 4.0) * 0.3;
+                if (cost < least_cost) {
+                    least_cost = cost;
+                    best = {{a.most, b.most, c.most}};
+                }
+            }
+    return best;
+}
+
+void fill_class(ClassAxis& to, const ClassView& view, const std::vector<SourceList>& lists, int axis, std::vector<Run> tiles,
+                std::vector<Run> blocks) {
+    to.tiles = std::move(tiles);
+    to.blocks = std::move(blocks);
+    const std::vector<int64_t> begins = segments_of(view);
+    size_t s = 0;
+    for (const Run& block : to.blocks) {
+        while (begins[s + 1] <= to.tiles[block.begin].begin) ++s;
+        for (size_t list = 0; list < lists.size(); ++list)
+            to.anchors.push_back(static_cast<int32_t>(view.low(list, begins[s])));
+    }
+    to.numbers.resize(3 * lists.size());
+    for (size_t list = 0; list < lists.size(); ++list) {
+        const SourceAxis& source = lists[list].axis[axis];
+        auto &low = to.numbers[3 * list], &high = to.numbers[3 * list + 1], &offset = to.numbers[3 * list + 2];
+        for (int64_t target = 0; target < view.targets; ++target) {
+            const int64_t at = view.first + view.step * target;
+            low.push_back(source.low[at]);
+            high.push_back(source.high[at]);
+            offset.push_back(source.bias_offset[at]);
+        }
+        to.sources.push_back({low.data(), high.data(), offset.data(), source.first[view.first], source.step, source.turn});
+    }
+    to.axis = {static_cast<int32_t>(view.first), static_cast<int32_t>(view.step), static_cast<int32_t>(view.targets),
+               static_cast<int32_t>(to.tiles.size()), static_cast<int32_t>(to.blocks.size()), to.tiles.data(),
+               to.blocks.data(), to.anchors.data(), to.sources.data()};
+}
+
+}  // namespace
+
+std::vector<SourceList> forward_lists(const std::vector<Member>& members, const Group& group) {
+    std::vector<SourceList> lists;
+    for (size_t m = 0; m < members.size(); ++m) {
+        SourceList list;
+        list.member = static_cast<int>(m);
+        for (int a = 0; a < AXES; ++a)
+            list.axis[a] = forward_axis(members[m].axis[a], group.takes_bias, group.bias_length[a]);
+        lists.push_back(std::move(list));
+    }
+    return lists;
+}
+
+std::vector<SourceList> backward_lists(const std::vector<Member>& members, const Group& group) {
+    std::vector<SourceList> lists;
+    for (size_t m = 0; m < members.size(); ++m) {
+        std::vector<SourceAxis> turns[AXES];
+        for (int a = 0; a < AXES; ++a) {
+            const AxisTable& table = members[m].axis[a];
+            const int64_t reach = table.wraps ? 2 : 0;
+            for (int64_t turn = -reach; turn <= reach; ++turn) {
+                SourceAxis axis = backward_axis(table, turn, group.takes_bias, group.bias_length[a]);
+                if (!table.wraps || !sees_nothing(axis)) turns[a].push_back(std::move(axis));
+            }
+        }
+        for (const SourceAxis& a : turns[0])
+            for (const SourceAxis& b : turns[1])
+                for (const SourceAxis& c : turns[2]) lists.push_back({{a, b, c}, static_cast<int>(m)});
+    }
+    return lists;
+}
+
+std::vector<SourceList> extra_lists(const Member& member, int64_t tokens) {
+    SourceList list;
+    list.member = 0;
+    for (int a = 0; a < AXES; ++a) {
+        const int64_t targets = a == AXES - 1 ? tokens : 1;
+        list.axis[a].low.assign(targets, 0);
+        list.axis[a].high.assign(targets, static_cast<int32_t>(member.axis[a].queries));
+        list.axis[a].first.assign(targets, 0);
+        list.axis[a].bias_offset.assign(targets, 0);
+    }
+    return {list};
+}
+
+bool has_plain_centers(const std::vector<Member>& members) {
+    for (const Member& member : members)
+        for (const AxisTable& table : member.axis)
+            for (int64_t query = 0; query < table.queries; ++query)
+                if (table.center[query] != query) return false;
+    return true;
+}
+
+std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
+    auto plan = std::make_shared<Plan>();
+    // axes where everybody sees one source stand first: there is nothing to tile there
+    int place = 0;
+    for (bool narrow : {true, false})
+        for (int a = 0; a < AXES; ++a)
+            if ((widest(request.lists, a) <= 1) == narrow) plan->order[place++] = a;
+    Bounds bounds[AXES];
+    int64_t step[AXES];
+    for (int a = 0; a < AXES; ++a) {
+        step[a] = 1;
+        for (const SourceList& list : request.lists) {
+            bounds[a].push_back(&list.axis[plan->order[a]]);
+            step[a] = std::lcm(step[a], static_cast<int64_t>(list.axis[plan->order[a]].step));
+        }
+    }
+    const auto view = [&](int a, int64_t residue) {
+        const int64_t targets = request.targets[plan->order[a]];
+        return ClassView{bounds[a], residue, step[a], (targets - residue + step[a] - 1) / step[a]};
+    };
+    const ClassView planes = view(0, 0), rows = view(1, 0), columns = view(2, 0);
+    const Shape shape = choose_shape(request, some_of(rows), some_of(columns), widest(request.lists, plan->order[1]));
+    plan->rows_per_vector = shape.rows_per_vector;
+    plan->panel_bytes = PANEL_BYTES;
+    const Cutting plane_cut{1, false, 1, 0.0, false};
+    const Cutting cuts[AXES] = {plane_cut, shape.rows, shape.columns};
+    std::vector<BlockSize> sizes[AXES];
+    const ClassView* firsts[AXES] = {&planes, &rows, &columns};
+    double classes = 1;
+    for (int a = 0; a < AXES; ++a) {
+        sizes[a] = block_sizes(*firsts[a], cut_class(*firsts[a], cuts[a]), a == 1 && shape.rows_per_vector > 1);
+        classes *= static_cast<double>(std::min(step[a], request.targets[plan->order[a]]));
+    }
+    double seen_planes = 0;
+    for (int64_t p = 0; p < planes.targets; ++p) seen_planes += static_cast<double>(planes.high(0, p) - planes.low(0, p));
+    const double share = static_cast<double>(some_of(rows).targets) * some_of(columns).targets /
+                         (static_cast<double>(rows.targets) * columns.targets);
+    const Blocking blocking = choose_blocks(request, sizes, shape.cost / share * seen_planes, classes);
+    for (int a = 0; a < AXES; ++a) {
+        const int64_t residues = std::min(step[a], request.targets[plan->order[a]]);
+        plan->classes[a].resize(residues);
+        for (int64_t residue = 0; residue < residues; ++residue) {
+            const ClassView own = view(a, residue);
+            std::vector<Run> tiles = cut_class(own, cuts[a]);
+            std::vector<Run> blocks = join_tiles(own, tiles, blocking.most[a], a == 1 && shape.rows_per_vector > 1);
+            fill_class(plan->classes[a][residue], own, request.lists, plan->order[a], std::move(tiles), std::move(blocks));
+        }
+    }
+    for (const SourceList& list : request.lists) plan->member_of_list.push_back(list.member);
+    plan->tiles = plan->computed = 0;
+    for (const ClassAxis& a : plan->classes[0])
+        for (const ClassAxis& b : plan->classes[1])
+            for (const ClassAxis& c : plan->classes[2]) {
+                plan->tiles += static_cast<int64_t>(a.tiles.size()) * b.tiles.size() * c.tiles.size();
+                for (int32_t i = 0; i < a.axis.num_blocks; ++i)
+                    for (int32_t j = 0; j < b.axis.num_blocks; ++j)
+                        for (int32_t k = 0; k < c.axis.num_blocks; ++k)
+                            plan->units.push_back({{&a.axis, &b.axis, &c.axis}, {i, j, k}});
+            }
+    // what is computed is a product over the axes, list by list
+    for (size_t list = 0; list < request.lists.size(); ++list) {
+        int64_t computed[AXES] = {0, 0, 0};
+        for (int a = 0; a < AXES; ++a)
+            for (int64_t residue = 0; residue < static_cast<int64_t>(plan->classes[a].size()); ++residue) {
+                const Bounds own{bounds[a][list]};
+                const ClassView one{own, residue, step[a], plan->classes[a][residue].axis.targets};
+                const std::vector<int64_t> begins = segments_of(one);
+                size_t s = 0;
+                for (const Run& tile : plan->classes[a][residue].tiles) {
+                    while (begins[s + 1] <= tile.begin) ++s;
+                    computed[a] += (tile.end - tile.begin) * cuts[a].unit *
+                                   vectors_of(one, cuts[a], begins[s], tile.begin, tile.end);
+                }
+            }
+        plan->computed += computed[0] * computed[1] * computed[2];
+    }
+    return plan;
+}
+
+}  // namespace vicinal
