@@ -21,7 +21,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow sanitize lint format types bench clean
+.PHONY: help demo test test-slow sanitize valgrind lint format types bench clean
 
 help:  ## this list
 	@echo "Vicinal: make <target>"
@@ -40,10 +40,16 @@ test-slow: .venv/.with-test .venv/.library  ## the slow tests only
 # A second build of the kernels, in which every wrong access and every undefined operation ends the program.
 SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := build/sanitized/vicinal/_cpu.so
-sanitize: .venv/.with-test $(SANITIZED)  ## the CPU kernels' tests under AddressSanitizer and UBSan (Linux, gcc)
+sanitize: .venv/.with-test $(SANITIZED)  ## the CPU kernels' tests under AddressSanitizer, UBSan and valgrind (Linux, gcc)
 	OMP_NUM_THREADS=1 LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
 		ASAN_OPTIONS=detect_leaks=0 VICINAL_CPU_LIBRARY=$(abspath $(SANITIZED)) \
 		$(BIN)/python -m pytest tests/ops/test_cpu.py tests/ops/test_cpu_fuzz.py $(ARGS)
+	$(MAKE) valgrind
+
+valgrind: .venv/.with-test .venv/.library  ## the CPU kernels under valgrind, on the tests' problems
+	$(BIN)/python -m tests.ops.record_calls build/calls.bin
+	$(CXX) -g -O1 -std=c++17 -Icsrc csrc/tests/replay.cpp src/vicinal/_cpu.so -Wl,-rpath,"$(CURDIR)/src/vicinal" -o build/replay
+	valgrind --quiet --error-exitcode=9 build/replay build/calls.bin
 
 $(SANITIZED): $(LIBRARY) | .venv/.with-test
 	@$(PIP) install "setuptools>=77"

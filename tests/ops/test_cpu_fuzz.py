@@ -16,7 +16,7 @@ if library.reason_missing() is not None and not has_compiler():
     pytest.skip("no C++ compiler, so there is no library to test", allow_module_level=True)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "simple"])
+@pytest.mark.parametrize("strategy", ["auto", "simple", "tiles"])
 @pytest.mark.parametrize("seed", range(2))
 def test_corrupted_record_is_an_error_or_a_valid_call(seed: int, strategy: str) -> None:
     script = Path(__file__).with_name("fuzz_records.py")

@@ -1,0 +1,67 @@
+// Runs recorded calls (tests/ops/record_calls.py) with every buffer exactly as large as its tensor and outputs left
+// unwritten, so that valgrind sees what is read outside, or before it was written.
+//
+//     replay FILE
+//
+// The file holds calls, each of them: 0 or 1 (backward), the record, the number of buffers, and for each buffer the
+// word of the record that points to it, its bytes, whether it is an output, and its contents.
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "vicinal.h"
+
+namespace {
+
+int64_t read_number(FILE* file) {
+    int64_t number = 0;
+    if (std::fread(&number, sizeof number, 1, file) != 1) return -1;
+    return number;
+}
+
+// Depends on every byte; a branch on it makes valgrind complain where one was never written.
+unsigned sum(const unsigned char* bytes, int64_t count) {
+    unsigned total = 0;
+    for (int64_t i = 0; i < count; ++i) total = total * 31 + bytes[i];
+    return total;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    FILE* file = argc == 2 ? std::fopen(argv[1], "rb") : nullptr;
+    if (!file) return std::fprintf(stderr, "usage: replay FILE\n"), 2;
+    int calls = 0;
+    for (int64_t is_backward; (is_backward = read_number(file)) >= 0; ++calls) {
+        vicinal_call call;
+        if (std::fread(&call, sizeof call, 1, file) != 1) return 2;
+        struct Buffer {
+            unsigned char* bytes;
+            int64_t count;
+            bool is_output;
+        };
+        std::vector<Buffer> buffers;
+        for (int64_t left = read_number(file); left > 0; --left) {
+            const int64_t word = read_number(file), count = read_number(file), is_output = read_number(file);
+            Buffer buffer = {static_cast<unsigned char*>(std::malloc(size_t(count))), count, is_output != 0};
+            std::vector<unsigned char> contents(static_cast<size_t>(count));
+            if (std::fread(contents.data(), 1, contents.size(), file) != contents.size()) return 2;
+            if (!buffer.is_output) std::memcpy(buffer.bytes, contents.data(), contents.size());
+            const int64_t address = static_cast<int64_t>(reinterpret_cast<intptr_t>(buffer.bytes));
+            std::memcpy(reinterpret_cast<char*>(&call) + 8 * word, &address, sizeof address);
+            buffers.push_back(buffer);
+        }
+        char message[512];
+        const int64_t status = is_backward ? vicinal_attend_backward(&call, message, sizeof message)
+                                           : vicinal_attend(&call, message, sizeof message);
+        if (status) return std::fprintf(stderr, "call %d: %s\n", calls, message), 1;
+        for (const Buffer& buffer : buffers) {
+            if (buffer.is_output && sum(buffer.bytes, buffer.count) == 1) std::printf("one\n");
+            std::free(buffer.bytes);
+        }
+    }
+    std::printf("%d calls\n", calls);
+    return calls ? 0 : 2;
+}
