@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <new>
 
@@ -87,6 +88,7 @@ void* workspace(int slot, size_t bytes) {
         held.bytes[slot] = 0;
         held.memory[slot] = allocate(bytes);
         held.bytes[slot] = bytes;
+        std::memset(held.memory[slot], 0, ALIGNMENT);  // where users note what the rest holds
     }
     return held.memory[slot];
 }

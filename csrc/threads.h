@@ -14,7 +14,8 @@ namespace vicinal {
 // threads are gone), and where built without OpenMP.
 void parallel_for(int64_t count, int64_t threads, const std::function<void(int64_t)>& work);
 
-// Memory of the calling thread, at least so many bytes, aligned to 64; kept for the next call, contents arbitrary.
+// Memory of the calling thread, at least so many bytes, aligned to 64; kept for the next call. The first 64 bytes are
+// zero when it is new, the rest is arbitrary.
 // `slot` tells apart pieces that are held at the same time.
 void* workspace(int slot, size_t bytes);
 size_t workspace_bytes();

@@ -392,7 +392,7 @@ void tiles_backward(const Problem& problem) {
     if (!call.batch) return;
     if (!problem.grad_out) {  // only the log-sum-exp has a gradient: one row of zeros stands for all
         Problem with_zeros = problem;
-        std::vector<float> zeros(call.value_dim, 0.0f);
+        std::vector<float> zeros(call.value_dim + 1, 0.0f);
         with_zeros.grad_out = View{reinterpret_cast<char*>(zeros.data()), 0, {0, 0, 0}, 0, 1};
         return tiles_backward(with_zeros);
     }
