@@ -276,3 +276,18 @@ def test_bounds_that_nobody_keeps_still_serves() -> None:
 
     out = vicinal.attention(Q[:, 1:4], Q, Q, fresh())
     assert vicinal.attention(Q[:, 1:4], Q, Q, fresh()).shape == out.shape
+
+
+def test_a_call_like_one_before_is_still_checked() -> None:
+    query = torch.randn(1, 6, 6, 2, 8)
+    for _ in range(2):
+        vicinal.attention(query, query, query, Near(3), scale=1.0)
+        vicinal.na2d(query, query, query, 3)
+        with pytest.raises(ValueError, match="scale must be"):
+            vicinal.attention(query, query, query, Near(3), scale=True)
+        with pytest.raises(ValueError, match="kernel_size"):
+            vicinal.na2d(query, query, query, 3.0)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="dtype of query"):
+            vicinal.attention(query, query, query.double(), Near(3), scale=1.0)
+        with pytest.raises(ValueError, match="backend must be"):
+            vicinal.attention(query, query, query, Near(3), scale=1.0, backend="none")

@@ -57,11 +57,26 @@ def attention(
         The output `[batch, *grid, heads, value_dim]`; with `extra_query` the pair `(out, extra_out)`. With
         `return_lse` a pair of that and the log-sum-exp, which is then a pair too where there are extra queries.
     """
+    has_more = any(more is not None for more in (extra_key, extra_value, extra_lengths, extra_query, grids))
+    signature = None if has_more else _signature(query, key, value, pattern, bias, scale, backend)
+    known = None if signature is None else _KNOWN.get(signature)
+    if known is not None:
+        tables, layout, number, name = known
+        vector = None if bias is None else bias.reshape(-1)  # type: ignore[union-attr]
+        results: tuple[torch.Tensor, torch.Tensor] = torch.ops.vicinal.attend.default(
+            query, key, value, tables, vector, None, None, None, layout, number, name
+        )
+        return results if return_lse else results[0]
     query, key, value, extra_key, extra_value, extra_query = under_autocast(
         query, key, value, extra_key, extra_value, extra_query
     )
     call = Call(query, key, value, pattern, bias, extra_key, extra_value, extra_lengths, grids, scale)
     ready = call.prepare(backend)
+    if signature is not None:
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _, tables, _, layout, name = ready
+        _KNOWN[signature] = tables, layout, call.scale, name
     if extra_query is None:
         out, lse = call.run(ready)
         return (out, lse) if return_lse else out
@@ -70,6 +85,36 @@ def attention(
     out, lse = call.run(ready)
     extra_out, extra_lse = call.run_extra(extra_query, extra_ready)
     return ((out, extra_out), (lse, extra_lse)) if return_lse else (out, extra_out)
+
+
+MOST_KNOWN = 1024
+"""Calls to remember; with sizes that change all the time, all are forgotten now and then."""
+
+_KNOWN: dict[Any, tuple[torch.Tensor, tuple[int, ...], float, str]] = {}
+
+
+def _signature(query: Any, key: Any, value: Any, pattern: Any, bias: Any, scale: Any, backend: Any) -> Any:
+    """All that checks and choices depend on, for a plain call; None where it is not one.
+
+    A call like one before needs no check, which is most of what a small problem costs. Only exact types count: True
+    equals 1.0, but is no scale.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return None
+    sizes = []
+    for tensor in (query, key, value) if bias is None else (query, key, value, bias):
+        is_plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+        if not is_plain or tensor.is_nested or tensor.layout is not torch.strided:
+            return None
+        sizes += [tensor.shape, tensor.dtype, tensor.device]
+    if type(scale) not in (float, type(None)) or type(backend) not in (str, type(None)):
+        return None
+    signature = (pattern, scale, backend, *sizes)
+    try:
+        hash(signature)
+    except TypeError:  # a pattern that is no pattern, or a user's axis kind that does not hash
+        return None
+    return signature
 
 
 Ready = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, ...], str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -120,6 +121,11 @@ def neighborhood(
     return tuple(Near(*axis) for axis in zip(kernels, dilations, strides, causal, strict=True))
 
 
+@functools.lru_cache(maxsize=256)
+def _same_on_all_axes(rank: int, kernel_size: int, stride: int, dilation: int, is_causal: bool) -> tuple[Near, ...]:
+    return neighborhood(rank, kernel_size, stride, dilation, is_causal)
+
+
 def on_each_axis(name: str, value: Any, rank: int) -> tuple[Any, ...]:
     """One value for each axis: a single value stands for all of them."""
     if value is None:
@@ -144,7 +150,12 @@ def _neighborhood(
     backend: str | None,
 ) -> Any:
     kernel_size, stride, dilation, is_causal = window
-    pattern = neighborhood(rank, kernel_size, stride, dilation, is_causal)
+    numbers = (kernel_size, stride, dilation)
+    is_plain = type(is_causal) is bool and all(type(number) is int for number in numbers)
+    if is_plain and not torch.compiler.is_compiling():  # a compiler would warn that it does not see the cache
+        pattern = _same_on_all_axes(rank, *numbers, is_causal)
+    else:
+        pattern = neighborhood(rank, kernel_size, stride, dilation, is_causal)
     extra_key, extra_value = additional
     options: dict[str, Any] = {"bias": bias, "scale": scale, "return_lse": return_lse, "backend": backend}
     if extra_key is None and extra_value is None:
