@@ -147,8 +147,8 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
         each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
             Panel panel;
             fill_panel<S>(job, sources, chunk, packing, panel, workspace);
-            const Walk<S> walk{block, sources, chunk, bias, true, nullptr};
-            block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
+            Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
+            block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
                 load_targets<S>(block, tile, job.query, query_base, queries);
                 load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
                 state.is_fresh = !keeps_state;
@@ -279,8 +279,8 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
             each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
                 Panel panel;
                 fill_panel<S>(job, sources, chunk, packing, panel, workspace);
-                const Walk<S> walk{block, sources, chunk, bias, false, bias_room};
-                block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
+                Walk<S> walk(block, sources, chunk, bias, false, bias_room, workspace);
+                block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
                     load_targets<S>(block, tile, job.key, key_base, keys);
                     load_targets<S>(block, tile, job.value, value_base, values);
                     state.is_fresh = false;

@@ -136,8 +136,7 @@ VICINAL_INLINE void each_lane(int count, const float* in, float* out, const Func
 
 template <class S>
 struct ForwardTile {
-    alignas(64) float targets_room[MOST_TARGETS * DIM_BLOCK];
-    float top[MOST_TARGETS], total[MOST_TARGETS];
+    float top[MOST_TARGETS], total[MOST_TARGETS] = {};
     float* sums[MOST_TARGETS];
     bool is_fresh;  // nothing is summed up yet
 };
@@ -212,13 +211,9 @@ inline void forward_pass(const Job& job, const Panel& panel, const float* target
 
 // Natural logarithm of positive numbers, to about one unit in the last place.
 VICINAL_INLINE float log_of(float value) {
-    uint32_t bits = bits_of_float(value);
-    int exponent = static_cast<int>(bits >> 23) - 127;
-    float part = float_of_bits((bits & 0x7fffffu) | 0x3f800000u);
-    if (part > 1.41421356f) {
-        part *= 0.5f;
-        exponent += 1;
-    }
+    const uint32_t bits = bits_of_float(value), root = 0x3f3504f3u;  // of one half
+    const int32_t exponent = static_cast<int32_t>(bits - root) >> 23;
+    const float part = float_of_bits(bits - (static_cast<uint32_t>(exponent) << 23));
     const float s = (part - 1.0f) / (part + 1.0f), square = s * s;
     float series = square * (1.0f / 9.0f) + 1.0f / 7.0f;
     series = series * square + 1.0f / 5.0f;
@@ -227,15 +222,18 @@ VICINAL_INLINE float log_of(float value) {
 }
 
 template <class S>
-inline void finish_forward(const Block& block, const Tile& tile, const ForwardTile<S>& done, int64_t out_base,
-                           int64_t lse_base) {
+VICINAL_INLINE void finish_forward(const Block& block, const Tile& tile, const ForwardTile<S>& done, int64_t out_base,
+                                   int64_t lse_base) {
     const Job& job = block.job;
-    block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
+    float inverse[MOST_TARGETS], lse[MOST_TARGETS];
+    for (int t = 0; t < MOST_TARGETS; ++t) {  // all of them, so that it is done at once
         const float total = done.total[t];
-        store_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), done.sums[t],
-                     total > 0.0f ? 1.0f / total : 0.0f);
-        job.lse[lse_base + place_of(job.lse_axis, a, b, c)] =
-            total > 0.0f ? done.top[t] * LN_2 + log_of(total) : -INFINITY;
+        inverse[t] = total > 0.0f ? 1.0f / total : 0.0f;
+        lse[t] = total > 0.0f ? done.top[t] * LN_2 + log_of(total) : -INFINITY;
+    }
+    block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
+        store_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), done.sums[t], inverse[t]);
+        job.lse[lse_base + place_of(job.lse_axis, a, b, c)] = lse[t];
     });
 }
 
@@ -298,8 +296,8 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
         each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
             Panel panel;
             fill_panel<S>(job, sources, chunk, packing, panel, workspace);
-            const Walk<S> walk{block, sources, chunk, bias, true, nullptr};
-            block.each_tile([&](const Tile& tile) VICINAL_LAMBDA {
+            Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
+            block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
                 load_targets<S>(block, tile, job.query, query_base, targets);
                 state.is_fresh = !keeps_state;
                 if (keeps_state) {

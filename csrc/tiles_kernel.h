@@ -14,7 +14,7 @@
 namespace vicinal {
 namespace {
 
-enum Slot { PANEL, STATE, COLUMNS, SCRATCH, BIAS };
+enum Slot { PANEL, STATE, SCRATCH, BIAS, WALK };
 
 // A head's bias table as vectors of sources read it, times log2(e): [plane][row - R + 1 ...][column - C ...][row of R],
 // reversed on every axis where targets are keys.
@@ -72,6 +72,7 @@ inline void fill_bias_table(const Job& job, int64_t head, const BiasTable& table
 struct Tile {
     int64_t plane;      // target of the class on the first axis
     Run row, column;    // targets of the class on the others
+    int column_tile;    // number within the block
     int count;          // of targets, row by row
     int64_t state;      // the first target's place in the block, and what a row adds
     int64_t state_row;
@@ -97,22 +98,30 @@ struct Block {
     VICINAL_INLINE int64_t targets() const {
         return static_cast<int64_t>(plane.end - plane.begin) * (row.end - row.begin) * (column.end - column.begin);
     }
-    template <class Function>
-    VICINAL_INLINE void each_tile(const Function& function) const {
+    // Calls open(tile) where a row of tiles begins, and function(tile) for each of them.
+    template <class Open, class Function>
+    VICINAL_INLINE void each_tile(const Open& open, const Function& function) const {
         const int64_t rows = row.end - row.begin, columns = column.end - column.begin;
         for (int32_t p = plane.begin; p < plane.end; ++p)
-            for (int32_t r = row_tiles.begin; r < row_tiles.end; ++r)
+            for (int32_t r = row_tiles.begin; r < row_tiles.end; ++r) {
+                Tile tile;
+                tile.plane = p;
+                tile.row = unit.axis[1]->tiles[r];
+                tile.state_row = columns;
+                const int64_t first = ((p - plane.begin) * rows + (tile.row.begin - row.begin)) * columns;
+                open(tile);
                 for (int32_t c = column_tiles.begin; c < column_tiles.end; ++c) {
-                    Tile tile;
-                    tile.plane = p;
-                    tile.row = unit.axis[1]->tiles[r];
+                    tile.column_tile = c - column_tiles.begin;
                     tile.column = unit.axis[2]->tiles[c];
                     tile.count = tile.rows() * tile.columns();
-                    tile.state = ((p - plane.begin) * rows + (tile.row.begin - row.begin)) * columns + tile.column.begin -
-                                 column.begin;
-                    tile.state_row = columns;
+                    tile.state = first + tile.column.begin - column.begin;
                     function(tile);
                 }
+            }
+    }
+    template <class Function>
+    VICINAL_INLINE void each_tile(const Function& function) const {
+        each_tile([](const Tile&) VICINAL_LAMBDA {}, function);
     }
     // Where the targets of a tile stand: function(number in the tile, coordinates, place in the state).
     template <class Function>
@@ -242,7 +251,23 @@ VICINAL_INLINE bool sees_earlier(const Earlier& earlier, int axis, int64_t query
            distance / earlier.step[axis] < earlier.count[axis][query];
 }
 
-// The vectors that a tile looks at, a pass at a time.
+constexpr int MOST_KEPT = 8;  // vectors of a row of a tile whose masks are remembered
+
+// A row group that a row of tiles sees, and which of its lanes each row of targets sees.
+struct SeenRow {
+    int64_t plane, row;  // in steps
+    int64_t group;       // within the panel
+    uint32_t lanes[MOST_TARGETS];
+};
+
+// The columns that a column of tiles sees.
+struct SeenColumns {
+    int64_t low, vectors;
+    uint32_t lanes[MOST_KEPT][MOST_TARGETS];  // where there are so few vectors
+};
+
+// The vectors that a tile looks at, a pass at a time. Masks are products of rows and columns; those of a row of tiles
+// and those of a column of tiles are made once.
 template <class S>
 struct Walk {
     static constexpr int W = S::LANES;
@@ -252,6 +277,50 @@ struct Walk {
     const BiasTable& bias;
     bool targets_are_queries;
     float* bias_room;  // [MOST_VECTORS][MOST_TARGETS][LANES], where biases must be looked up one by one
+    SeenRow* rows;
+    SeenColumns* columns;
+    int64_t num_rows;
+
+    Walk(const Block& b, const Sources& s, const Chunk& c, const BiasTable& table, bool queries, float* room,
+         const Workspace& workspace)
+        : block(b), sources(s), chunk(c), bias(table), targets_are_queries(queries), bias_room(room), num_rows(0) {
+        const int64_t tiles = b.column_tiles.end - b.column_tiles.begin, groups = c.group_end - c.group_begin;
+        char* memory = static_cast<char*>(
+            workspace.get(WALK, tiles * sizeof(SeenColumns) + groups * sizeof(SeenRow)));
+        columns = reinterpret_cast<SeenColumns*>(memory);
+        rows = reinterpret_cast<SeenRow*>(memory + tiles * sizeof(SeenColumns));
+        for (int64_t t = 0; t < tiles; ++t) {
+            const Run run = b.unit.axis[2]->tiles[b.column_tiles.begin + t];
+            SeenColumns& seen = columns[t];
+            seen.low = even_column<S>(s.frame.R, most(s.low(2, run.begin), c.column_begin));
+            seen.vectors = (least(s.high(2, run.end - 1), c.column_end) - seen.low + s.frame.C - 1) / s.frame.C;
+            if (seen.vectors <= MOST_KEPT)
+                for (int64_t v = 0; v < seen.vectors; ++v)
+                    for (int32_t i = run.begin; i < run.end; ++i)
+                        seen.lanes[v][i - run.begin] = column_mask(i, seen.low + v * s.frame.C);
+        }
+    }
+
+    // Finds the row groups that a row of tiles sees.
+    VICINAL_INLINE void open_row(const Tile& tile) {
+        const Frame& f = sources.frame;
+        const int64_t low = sources.low(1, tile.row.begin), high = sources.high(1, tile.row.end - 1);
+        const int64_t group_low = (low - f.row_origin) / f.R, group_high = (high - f.row_origin + f.R - 1) / f.R;
+        num_rows = 0;
+        if (low >= high) return;
+        for (int64_t plane = sources.low(0, tile.plane); plane < sources.high(0, tile.plane); ++plane) {
+            const int64_t base = (plane - f.plane_begin) * f.groups;
+            const int64_t begin = most(group_low, chunk.group_begin - base), end = least(group_high, chunk.group_end - base);
+            for (int64_t group = begin; group < end; ++group) {
+                SeenRow& seen = rows[num_rows++];
+                seen.plane = plane;
+                seen.row = f.row_origin + group * f.R;
+                seen.group = base + group - chunk.group_begin;
+                for (int32_t r = tile.row.begin; r < tile.row.end; ++r)
+                    seen.lanes[r - tile.row.begin] = row_lanes(sources.low(1, r), sources.high(1, r), seen.row);
+            }
+        }
+    }
 
     VICINAL_INLINE uint32_t column_lanes(int64_t low, int64_t high, int64_t begin) const {
         const int R = sources.frame.R;
@@ -295,69 +364,51 @@ struct Walk {
     template <class Flush>
     VICINAL_INLINE void operator()(const Tile& tile, Pass& pass, const Flush& flush) const {
         const Frame& f = sources.frame;
-        const int rows = tile.rows(), columns = tile.columns();
-        const int64_t column_low =
-            even_column<S>(sources.frame.R, most(sources.low(2, tile.column.begin), chunk.column_begin));
-        const int64_t column_high = least(sources.high(2, tile.column.end - 1), chunk.column_end);
-        const int64_t row_low = sources.low(1, tile.row.begin), row_high = sources.high(1, tile.row.end - 1);
-        const int64_t plane_low = sources.low(0, tile.plane), plane_high = sources.high(0, tile.plane);
-        pass.count = 0;
-        if (column_low >= column_high || row_low >= row_high) return;
-        const int64_t vectors = (column_high - column_low + f.C - 1) / f.C;
-        const int64_t group_low = (row_low - f.row_origin) / f.R;
-        const int64_t group_high = (row_high - f.row_origin + f.R - 1) / f.R;
-        constexpr int KEPT = 8;
-        uint32_t kept[KEPT][MOST_TARGETS];
-        if (vectors <= KEPT)
-            for (int64_t v = 0; v < vectors; ++v)
-                for (int c = 0; c < columns; ++c) kept[v][c] = column_mask(tile, c, column_low + v * f.C);
+        const int num_targets_down = tile.rows(), num_targets_across = tile.columns();
+        const SeenColumns& across = columns[tile.column_tile];
         const bool has_earlier = !sources.is_extra && block.job.num_earlier[sources.list] > 0;
         const bool has_bias = !sources.is_extra && bias.data;
-        for (int64_t plane = plane_low; plane < plane_high; ++plane) {
-            for (int64_t group = group_low; group < group_high; ++group) {
-                const int64_t place = (plane - f.plane_begin) * f.groups + group;
-                if (place < chunk.group_begin || place >= chunk.group_end) continue;
-                const int64_t row = f.row_origin + group * f.R;
-                uint32_t row_mask[MOST_TARGETS];
-                for (int r = 0; r < rows; ++r)
-                    row_mask[r] = row_lanes(sources.low(1, tile.row.begin + r), sources.high(1, tile.row.begin + r), row);
-                for (int64_t v = 0; v < vectors; ++v) {
-                    const int64_t column = column_low + v * f.C;
-                    const int n = pass.count;
-                    uint32_t any = 0;
-                    int t = 0;
-                    if (vectors <= KEPT) {
-                        for (int r = 0; r < rows; ++r)
-                            for (int c = 0; c < columns; ++c, ++t) any |= pass.seen[n][t] = row_mask[r] & kept[v][c];
-                    } else {
-                        for (int r = 0; r < rows; ++r)
-                            for (int c = 0; c < columns; ++c, ++t)
-                                any |= pass.seen[n][t] = row_mask[r] & column_mask(tile, c, column);
-                    }
-                    if (has_earlier) any = without_earlier(tile, pass.seen[n], plane, row, column);
-                    if (!any) continue;
-                    pass.any[n] = any;
-                    pass.group[n] = place - chunk.group_begin;
-                    pass.at[n] = (column - chunk.column_begin) * f.R;
-                    if (has_bias) {
-                        if (block.job.center[0])
-                            look_up_bias(tile, pass.bias[n], n, plane, row, column);
-                        else
-                            add_bias(tile, pass.bias[n], plane, row, column);
-                    }
-                    if (++pass.count == MOST_VECTORS) {
-                        flush(pass);
-                        pass.count = 0;
-                    }
+        pass.count = 0;
+        for (int64_t i = 0; i < num_rows; ++i) {
+            const SeenRow& down = rows[i];
+            for (int64_t v = 0; v < across.vectors; ++v) {
+                const int64_t column = across.low + v * f.C;
+                const int n = pass.count;
+                uint32_t any = 0;
+                int t = 0;
+                if (across.vectors <= MOST_KEPT) {
+                    for (int r = 0; r < num_targets_down; ++r)
+                        for (int c = 0; c < num_targets_across; ++c, ++t)
+                            any |= pass.seen[n][t] = down.lanes[r] & across.lanes[v][c];
+                } else {
+                    uint32_t lanes[MOST_TARGETS];
+                    for (int c = 0; c < num_targets_across; ++c) lanes[c] = column_mask(tile.column.begin + c, column);
+                    for (int r = 0; r < num_targets_down; ++r)
+                        for (int c = 0; c < num_targets_across; ++c, ++t) any |= pass.seen[n][t] = down.lanes[r] & lanes[c];
+                }
+                if (has_earlier) any = without_earlier(tile, pass.seen[n], down.plane, down.row, column);
+                if (!any) continue;
+                pass.any[n] = any;
+                pass.group[n] = down.group;
+                pass.at[n] = (column - chunk.column_begin) * f.R;
+                if (has_bias) {
+                    if (block.job.center[0])
+                        look_up_bias(tile, pass.bias[n], n, down.plane, down.row, column);
+                    else
+                        add_bias(tile, pass.bias[n], down.plane, down.row, column);
+                }
+                if (++pass.count == MOST_VECTORS) {
+                    flush(pass);
+                    pass.count = 0;
                 }
             }
         }
         if (pass.count) flush(pass);
     }
 
-    VICINAL_INLINE uint32_t column_mask(const Tile& tile, int column, int64_t begin) const {
-        const int64_t low = most(sources.low(2, tile.column.begin + column), chunk.column_begin);
-        const int64_t high = least(sources.high(2, tile.column.begin + column), chunk.column_end);
+    VICINAL_INLINE uint32_t column_mask(int64_t target, int64_t begin) const {
+        const int64_t low = most(sources.low(2, target), chunk.column_begin);
+        const int64_t high = least(sources.high(2, target), chunk.column_end);
         return column_lanes(low, high, begin);
     }
 
