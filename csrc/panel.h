@@ -142,6 +142,27 @@ struct Packer {
         }
     }
 
+    static constexpr int64_t AHEAD = 4 * W;  // sources that are asked for before they are packed
+
+    VICINAL_INLINE void row_offsets(const Operand& operand, int64_t base, int64_t group, int64_t* offset) const {
+        int64_t plane, row[W];
+        row_coordinates(group, &plane, row);
+        for (int r = 0; r < frame.R; ++r)
+            offset[r] = row[r] < 0 ? -1 : base + plane * operand.axis[0] + row[r] * operand.axis[1];
+    }
+
+    // Neighbors stand far apart in memory, a page for every few, where no machine sees by itself what comes next.
+    VICINAL_INLINE void ask_for(const Operand& operand, const int64_t* offset, int64_t column, int64_t bytes) const {
+        const int64_t lines = (operand.dim * bytes + 63) / 64;
+        const int64_t end = least(column + frame.C, chunk.column_end - chunk.column_begin);
+        for (; column < end; ++column)
+            for (int r = 0; r < frame.R; ++r) {
+                if (offset[r] < 0) continue;
+                const char* at = operand.data + (offset[r] + columns[column] * operand.axis[2]) * bytes;
+                for (int64_t line = 0; line < lines; ++line) VICINAL_PREFETCH(at + 64 * line);
+            }
+    }
+
     // Packs one operand of one head: transposed where `transposed` is given, as rows where `rows` is.
     void pack(const Operand& operand, int64_t base, float* transposed, float* rows) const {
         const int64_t dim = operand.dim, padded = round_up(dim, W), units = (dim + S::PAIR - 1) / S::PAIR;
@@ -151,16 +172,18 @@ struct Packer {
         const int64_t filled = (chunk.column_end - chunk.column_begin) * frame.R;
         int shift = 0;
         while ((1 << shift) < frame.R) ++shift;
+        int64_t offset[W], next[W];
+        row_offsets(operand, base, chunk.group_begin, next);
         for (int64_t group = chunk.group_begin; group < chunk.group_end; ++group) {
-            int64_t plane, row[W], offset[W];
-            row_coordinates(group, &plane, row);
-            for (int r = 0; r < frame.R; ++r)
-                offset[r] = row[r] < 0 ? -1 : base + plane * operand.axis[0] + row[r] * operand.axis[1];
+            for (int r = 0; r < frame.R; ++r) offset[r] = next[r];
+            if (group + 1 < chunk.group_end) row_offsets(operand, base, group + 1, next);
             const int64_t place = group - chunk.group_begin;
             float* to_transposed = transposed ? transposed + place * units * width : nullptr;
             float* to_rows = rows ? rows + place * width / S::PAIR * padded : nullptr;
             for (int64_t begin = 0; begin < filled; begin += W) {
                 const float* from[W];
+                const bool is_last = begin + AHEAD >= filled;  // then look into the next row group
+                ask_for(operand, is_last ? next : offset, (begin + AHEAD - (is_last ? filled : 0)) >> shift, bytes);
                 for (int lane = 0; lane < W; ++lane) {
                     const int64_t column = columns[(begin + lane) >> shift], row_at = offset[(begin + lane) & (frame.R - 1)];
                     if (column < 0 || row_at < 0) {

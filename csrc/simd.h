@@ -16,6 +16,18 @@
 #include <immintrin.h>
 #endif
 
+// Asks for a cache line that will be read, or written; any address will do.
+#if defined(__GNUC__)
+#define VICINAL_PREFETCH(address) __builtin_prefetch(address)
+#define VICINAL_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
+#elif defined(__AVX2__)
+#define VICINAL_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
+#define VICINAL_PREFETCH_TO_WRITE(address) VICINAL_PREFETCH(address)
+#else
+#define VICINAL_PREFETCH(address) (void)(address)
+#define VICINAL_PREFETCH_TO_WRITE(address) (void)(address)
+#endif
+
 #if defined(_MSC_VER)
 #define VICINAL_INLINE __forceinline
 #define VICINAL_LAMBDA

@@ -237,6 +237,15 @@ VICINAL_INLINE void finish_forward(const Block& block, const Tile& tile, const F
     });
 }
 
+// Fetches the lines that a tile will be written to while it is computed.
+VICINAL_INLINE void ask_for_room(const Block& block, const Tile& tile, const Operand& operand, int64_t base) {
+    const int64_t bytes = block.job.dtype == VICINAL_FLOAT32 ? 4 : 2, lines = (operand.dim * bytes + 63) / 64;
+    block.each_target(tile, [&](int, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
+        const char* at = operand.data + (base + place_of(operand.axis, a, b, c)) * bytes;
+        for (int64_t line = 0; line < lines; ++line) VICINAL_PREFETCH_TO_WRITE(at + 64 * line);
+    });
+}
+
 template <class S>
 void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace) {
     constexpr int W = S::LANES;
@@ -300,6 +309,7 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
             block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
                 load_targets<S>(block, tile, job.query, query_base, targets);
                 state.is_fresh = !keeps_state;
+                if (!keeps_state) ask_for_room(block, tile, job.out, out_base);
                 if (keeps_state) {
                     block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) VICINAL_LAMBDA {
                         state.top[t] = top[place];

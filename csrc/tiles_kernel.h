@@ -146,9 +146,13 @@ VICINAL_INLINE int64_t place_of(const int64_t* strides, int64_t a, int64_t b, in
 // The targets of a tile as `dot` reads them.
 template <class S>
 VICINAL_INLINE void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to) {
-    const int64_t dtype = block.job.dtype;
+    const int64_t dtype = block.job.dtype, bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
+    // targets of tiles to come, on the same rows
+    const int64_t ahead = 8 * block.unit.axis[2]->step * operand.axis[2], lines = (operand.dim * bytes + 63) / 64;
     block.each_target(tile, [&](int number, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
         const int64_t offset = base + place_of(operand.axis, a, b, c);
+        for (int64_t line = 0; line < lines; ++line)
+            VICINAL_PREFETCH(operand.data + (offset + ahead) * bytes + 64 * line);
         constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
         if (operand.dim <= BLOCK) {
             load_units<S>(dtype, operand, offset, to + number * DIM_BLOCK);
