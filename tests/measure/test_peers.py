@@ -83,6 +83,17 @@ def test_packages_that_are_missing_are_said_to_be(monkeypatch):
             PEERS[name](Task(problem, torch.float32))
 
 
+def test_our_own_adapter_is_not_measured_as_natten():
+    if "natten" in sys.modules:
+        pytest.skip("the real NATTEN is loaded, which install() leaves alone")
+    adapter.install()
+    try:
+        with pytest.raises(NotRun, match="Vicinal's own adapter"):
+            PEERS["natten"](Task(SMALL[0], torch.float32))
+    finally:
+        adapter.uninstall()
+
+
 def test_dense_peers_refuse_what_is_too_large(monkeypatch):
     task = Task(SMALL[0], torch.float32)
     monkeypatch.setattr(dense, "MOST_DENSE_TOKENS", 100)
