@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+from vicinal.adapters import natten as adapter
 from vicinal.measure.gate import Gate
 from vicinal.measure.peers import PEERS, dense, halo
 from vicinal.measure.problems import Problem
