@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -160,6 +162,24 @@ def test_every_call_has_its_own_grid():
         assert torch.equal(wan_call(apply(model, LOCAL, grid=(1, 8, 4)), high), second)
 
 
+def test_threads_that_share_a_model_have_each_their_own_grid():
+    model = apply(wan(), LOCAL)
+    videos = [torch.randn(1, 4, *shape) for shape in ((1, 8, 16), (1, 16, 8), (3, 8, 10))]
+    inside = threading.Barrier(len(videos), timeout=60)
+    # all are in the model at once
+    handle = model.blocks[0].attn1.register_forward_pre_hook(lambda *_: None if inside.wait() else None)
+
+    def run(video: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return wan_call(model, video)
+
+    with ThreadPoolExecutor(len(videos)) as pool:
+        found = list(pool.map(run, videos))
+    handle.remove()
+    for video, out in zip(videos, found, strict=True):
+        assert torch.equal(out, run(video))
+
+
 def test_the_video_may_be_the_first_argument_or_named():
     model = apply(wan(), LOCAL)
     video, rest = (
@@ -195,7 +215,7 @@ def test_a_failed_call_leaves_no_grid_behind():
     model = apply(wan(), LOCAL)
     with pytest.raises(RuntimeError):
         wan_call(model, torch.randn(1, 3, 1, 8, 8))  # a channel too few
-    assert ours(model)[0].source.current is None
+    assert ours(model)[0].source.current == {}
     with pytest.raises(RuntimeError, match="the model itself was not called"):
         model.blocks[0].attn1(torch.randn(1, 7, 24))
 
