@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -166,8 +167,11 @@ def test_threads_that_share_a_model_have_each_their_own_grid():
     model = apply(wan(), LOCAL)
     videos = [torch.randn(1, 4, *shape) for shape in ((1, 8, 16), (1, 16, 8), (3, 8, 10))]
     inside = threading.Barrier(len(videos), timeout=60)
-    # all are in the model at once
-    handle = model.blocks[0].attn1.register_forward_pre_hook(lambda *_: None if inside.wait() else None)
+
+    def meet(*_: Any) -> None:
+        inside.wait()  # all are in the model at once
+
+    handle = model.blocks[0].attn1.register_forward_pre_hook(meet)
 
     def run(video: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

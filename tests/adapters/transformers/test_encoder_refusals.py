@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -63,8 +64,9 @@ def test_a_host_that_is_broken_itself_is_not_called_changed(monkeypatch):
     def broken(name):
         raise ModuleNotFoundError(f"Could not import module {name!r}") from RuntimeError("no torchvision::nms")
 
-    monkeypatch.delattr(transformers, "AttentionInterface", raising=False)
-    monkeypatch.setattr(type(transformers), "__getattr__", lambda self, name: broken(name))
+    host = ModuleType("transformers")
+    host.__getattr__ = broken
+    monkeypatch.setitem(sys.modules, "transformers", host)
     spec = importlib.util.spec_from_file_location("encoder_again", encoder.__file__)
     with pytest.raises(ImportError, match="transformers cannot be imported here: no torchvision::nms"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -92,8 +92,10 @@ def register_attention(
         num_prefix_tokens = as_integer("register_attention", "num_prefix_tokens", num_prefix_tokens, 0)
     check_name(backend)
     sizes = None if grid is None else as_grid("register_attention", "grid", grid)
-    is_function = callable(pattern) and not isinstance(pattern, type)  # a class of axis kinds is no pattern
-    for one in pattern if isinstance(pattern, list) else [] if is_function else [pattern]:
+    given: list[Any] = pattern if isinstance(pattern, list) else [pattern]
+    for one in given:
+        if one is pattern and callable(one) and not isinstance(one, type):  # a class of axis kinds is no function
+            continue
         if isinstance(one, Bounds) or sizes is not None:
             bounds(one, sizes)
         else:
