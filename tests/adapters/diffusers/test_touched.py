@@ -157,7 +157,7 @@ def test_other_models_are_refused_with_what_is_supported():
         (wan, Near(3), (4, 4, 0), "grid"),
         (ltx, Near(3), (4, 4, 4), "know their grid"),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )
 def test_arguments_that_mean_nothing_are_refused(make, choice, grid, said):
     with pytest.raises(ValueError, match=said):
