@@ -80,7 +80,9 @@ class PatternAttention(nn.Module):
         pattern = at(self.pattern, grid)
         sizes = split_heads(self.num_heads, *_groups(pattern, rank))
         shapes = table_shapes(self.pattern, grid)
-        tables = [torch.empty(heads, *shape).normal_(std=0.02) for heads, shape in zip(sizes, shapes, strict=True)]
+        tables = [torch.empty(heads, *shape) for heads, shape in zip(sizes, shapes, strict=True)]
+        for table in tables:
+            nn.init.trunc_normal_(table, std=0.02)
         if not isinstance(pattern, Heads):
             tag(self, rpb=POSITION_BIAS)
             return nn.Parameter(tables[0])

@@ -66,7 +66,8 @@ def _hook(module: nn.Module, total: list[int]) -> Callable[..., None] | None:
         add(output.numel() * layer.in_features)
 
     def convolution(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        add(output.numel() * layer.weight[0].numel())  # type: ignore[union-attr,operator]
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        add(output.numel() * layer.weight[0].numel())
 
     def own(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         batch, *grid, _ = inputs[0].shape

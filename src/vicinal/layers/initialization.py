@@ -53,10 +53,10 @@ def initialize(
     with torch.no_grad():
         for module in model.modules():
             for kinds, draw in draws:
-                if draw is not None and isinstance(module, kinds):  # type: ignore[arg-type]
-                    draw(module.weight)  # type: ignore[arg-type]
+                if draw is not None and isinstance(module, kinds):
+                    draw(module.weight)
                     if module.bias is not None:
-                        nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                        nn.init.zeros_(module.bias)
         if position_bias is not None:
             tags = parameter_tags(model)
             for name, parameter in model.named_parameters():

@@ -189,7 +189,9 @@ class Features(nn.Module):
         self.feature_info = tuple(model.feature_info[stage] for stage in chosen)
         self.norms: nn.ModuleDict | None = None
         if use_norms:
-            self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(model.feature_info[stage].channels) for stage in chosen})
+            self.norms = nn.ModuleDict(
+                {str(stage): nn.LayerNorm(model.feature_info[stage].channels) for stage in chosen}
+            )
         kept = set(self.state_dict())
         self.left_out = tuple(name for name in model.state_dict() if name not in kept)
 

@@ -107,7 +107,7 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, grid: Sequence[int], dim: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.empty(*grid, dim).normal_(std=0.02))
+        self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(*grid, dim), std=0.02))
         tag(self, table=Tag(weight_decay=False, role="position"))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -75,11 +75,11 @@ def at(pattern: AnyPattern, grid: Sequence[int]) -> Pattern:
     >>> at(near(3, dilation="max"), (12,)), at(Window(4), (12,))
     ((Near(3, dilation=4),), Window(4))
     """
-    return pattern.at(grid) if isinstance(pattern, NearWord | WindowWord) or _is_word(pattern) else pattern
-
-
-def _is_word(pattern: AnyPattern) -> bool:
-    return not isinstance(pattern, AxisKind | tuple | Union | Heads) and isinstance(pattern, Word)
+    if isinstance(pattern, AxisKind | tuple | Union | Heads):
+        return pattern
+    if not isinstance(pattern, Word):
+        raise ValueError(f"pattern must be a pattern or a word such as near(7), got {pattern!r}")
+    return pattern.at(grid)
 
 
 def table_shapes(pattern: AnyPattern, grid: Sequence[int]) -> tuple[tuple[int, ...], ...]:

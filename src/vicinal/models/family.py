@@ -12,7 +12,7 @@ from vicinal.models.layout import Layout
 
 @dataclass(frozen=True)
 class Published:
-    """Where weights of a variant are published. Nothing here has been fetched: there is no network where it was written.
+    """Where weights of a variant are published. Nothing was fetched: there was no network where this was written.
 
     `source` is an address, or a repository id on the Hugging Face hub. `changes` are configuration fields in which
     the published model differs from the variant.

@@ -56,7 +56,10 @@ def _with_ones(tensor: torch.Tensor, ones: Sequence[int]) -> torch.Tensor:
 
 def swin_table() -> How:
     """A position bias `[heads, 2w-1, 2w-1]` by key minus query; theirs `[(2w-1)^2, heads]` by query minus key."""
-    return How(lambda theirs, shapes: [_from_swin_table(theirs[0])], lambda ours: [ours[0].flip(1, 2).flatten(1).t().contiguous()])
+    return How(
+        lambda theirs, shapes: [_from_swin_table(theirs[0])],
+        lambda ours: [ours[0].flip(1, 2).flatten(1).t().contiguous()],
+    )
 
 
 def _from_swin_table(table: torch.Tensor) -> torch.Tensor:
@@ -122,7 +125,9 @@ def _apply(one: Rule, name: str) -> Rule | None:
         if match:
             values = match.groupdict()
             return Rule(
-                tuple(_fill(ours, values) for ours in one.ours), tuple(_fill(theirs, values) for theirs in one.theirs), one.how
+                tuple(_fill(ours, values) for ours in one.ours),
+                tuple(_fill(theirs, values) for theirs in one.theirs),
+                one.how,
             )
     return None
 
@@ -172,7 +177,9 @@ def to_ours(layout: Layout, theirs: Mapping[str, torch.Tensor], shapes: Mapping[
     """Their checkpoint under our names, for a model whose tensors have `shapes`, and how well it fits."""
     given = {layout.bare_name(name): tensor for name, tensor in theirs.items()}
     state: State = {}
-    missing, used, misshapen = [], set(), []
+    missing: list[str] = []
+    misshapen: list[str] = []
+    used: set[str] = set()
     for pair in layout.pairs(shapes):
         used.update(pair.theirs)
         absent = [name for name in pair.theirs if name not in given]

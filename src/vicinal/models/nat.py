@@ -97,7 +97,9 @@ def dilated(
     if dilations == "max":
         return [[near(kernel_size, "max" if layer % 2 else 1) for layer in range(depth)] for depth in depths]
     if isinstance(dilations, str) and dilations not in presets:
-        raise ValueError(f'dilations must be one of {", ".join(presets)}, "max", or a list per level, got {dilations!r}')
+        raise ValueError(
+            f'dilations must be one of {", ".join(presets)}, "max", or a list per level, got {dilations!r}'
+        )
     levels = presets[dilations] if isinstance(dilations, str) else dilations
     if len(levels) != len(depths) or not all(levels):
         raise ValueError(f"dilations must be {len(depths)} lists, one per level, got {dilations!r}")
