@@ -19,7 +19,7 @@ from vicinal.models import checkpoint, loading
 from vicinal.models.family import Family, Published
 from vicinal.models.layout import Fit
 
-MODULES = ("nat", "swin")
+MODULES = ("nat", "dinat_s", "isotropic", "swin")
 """Files of `vicinal.models` that hold a FAMILY."""
 
 _SIZES = {"kernel_size", "window_size", "image_size"}
