@@ -22,6 +22,9 @@ from vicinal.models.layout import Fit
 MODULES = ("nat", "dinat_s", "isotropic", "swin")
 """Files of `vicinal.models` that hold a FAMILY."""
 
+NEAREST = 6
+"""How many models `identify` compares with a checkpoint key by key."""
+
 _SIZES = {"kernel_size", "window_size", "image_size"}
 
 
@@ -109,14 +112,14 @@ def _load(
             raise ValueError(f"pretrained=True: no weights of {name} are known to be published; give a path")
         pretrained = family.published[name][0].source
     state = checkpoint.read(checkpoint.find(pretrained)).state
-    fresh_head = num_classes is not None and classes_of(state, model, family) != num_classes
+    fresh_head = num_classes is not None and classes_of(state, family) != num_classes
     try:
         loading.load(model, state, family, use_classifier=not fresh_head, resize_bias=resize_bias)
     except loading.CheckpointMismatch as error:
         raise loading.CheckpointMismatch(f"{name} from {pretrained}: {error}", error.fit) from None
 
 
-def classes_of(state: Mapping[str, torch.Tensor], model: nn.Module, family: Family) -> int | None:
+def classes_of(state: Mapping[str, torch.Tensor], family: Family) -> int | None:
     """How many classes a checkpoint's classifier has, whichever layout it is in; None without a classifier."""
     name = loading.CLASSIFIER + "weight"
     for layout in loading.layouts_of(family).values():
@@ -124,6 +127,10 @@ def classes_of(state: Mapping[str, torch.Tensor], model: nn.Module, family: Fami
         if layout.name(theirs) in state:
             return state[layout.name(theirs)].shape[0]
     return None
+
+
+Form = tuple[str, tuple[tuple[str, Any], ...]]
+"""A name and the options it is made with."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ class Candidate:
     layout: str
     fit: Fit
     published: tuple[Published, ...]
+    has_classifier: bool = True
 
     @property
     def problems(self) -> int:
@@ -148,31 +156,54 @@ def identify(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
     >>> identify(vicinal.create_model("nat_mini").state_dict())[0].name
     'nat_mini'
     """
-    found = []
+    forms: list[Form] = []
     for name, family in families().items():
-        published = family.published.get(name, ())
         # every set of options that changes a shape, once
-        changes = {repr(sorted(one.changes.items())): one.changes for one in published}
-        for options in ({}, *(change for change in changes.values() if _SIZES & set(change))):
-            found.append(_candidate(state, name, family, options))
-    # a backbone alone, as detection and segmentation code saves it, is tried where no classifier model fits
-    if all(candidate.problems for candidate in found):
-        found += [_candidate(state, name, family, {"features_only": True}) for name, family in families().items()]
+        changes = {tuple(sorted(one.changes.items())) for one in family.published.get(name, ())}
+        forms += [(name, ()), *((name, change) for change in changes if _SIZES & set(dict(change)))]
+    found = [_candidate(state, name, dict(options)) for name, options in _nearest(state, forms)]
+    if not any(candidate.has_classifier for candidate in found):  # as detection and segmentation code saves backbones
+        bare = [(name, (("features_only", True),)) for name in families()]
+        found += [_candidate(state, name, dict(options)) for name, options in _nearest(state, bare)]
     return sorted(found, key=lambda candidate: candidate.problems)
 
 
-def _candidate(state: Mapping[str, torch.Tensor], name: str, family: Family, options: Mapping[str, Any]) -> Candidate:
-    overrides = {key: value for key, value in options.items() if key != "features_only"}
-    classes = None
+def _nearest(state: Mapping[str, torch.Tensor], forms: list[Form]) -> list[Form]:
+    """The forms that hold nearly as many numbers as a checkpoint: the only ones worth a look key by key."""
+    numbers = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
+    apart = {form: abs(_numbers(_meta_model(*form), state, form[0]) - numbers) for form in forms}
+    limit = sorted(apart.values())[:NEAREST][-1]
+    return [form for form in forms if apart[form] <= limit]
+
+
+def _numbers(model: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> int:
+    _fit_classifier(model, state, name)
+    return sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def _fit_classifier(model: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> int | None:
+    """Give a model as many classes as a checkpoint has; how many, or None where one of them has no classifier."""
+    if not isinstance(model, Pyramid):
+        return None
+    classes = classes_of(state, families()[name])
     with torch.device("meta"):
-        model: nn.Module = family.build(config_of(name, **overrides))
-        assert isinstance(model, Pyramid)
-        if "features_only" in options:
-            model = Features(model, use_norms=True)
-        else:
-            classes = classes_of(state, model, family)
-            if classes is not None:
-                model.head.reset(classes)
+        model.head.reset(classes or 1000)
+    return classes
+
+
+@cache
+def _meta_model(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    """A model without data, for its shapes."""
+    overrides = dict(options)
+    is_bare = overrides.pop("features_only", False)
+    with torch.device("meta"):
+        model = families()[name].build(config_of(name, **overrides))
+        return Features(model, use_norms=True) if is_bare else model
+
+
+def _candidate(state: Mapping[str, torch.Tensor], name: str, options: Mapping[str, Any]) -> Candidate:
+    family, model = families()[name], _meta_model(name, tuple(options.items()))
+    classes = _fit_classifier(model, state, name)
     layout, _, fit = loading.match(state, model, family)
     shown = {**options, **({} if classes in (None, 1000) else {"num_classes": classes})}
-    return Candidate(name, shown, layout, fit, family.published.get(name, ()))
+    return Candidate(name, shown, layout, fit, family.published.get(name, ()), classes is not None)
