@@ -116,7 +116,7 @@ def test_position_bias_grows_from_13_to_21():
 def test_a_rule_for_every_conversion():
     layout = Layout(
         (
-            rule("qkv.{rest}", ("q.{rest}", "k.{rest}", "v.{rest}"), split(3)),
+            rule("qkv.{rest}", ("q.{rest}", "k.{rest}", "v.{rest}"), split(1, 1, 1)),
             rule(("scale1", "scale2"), "scales", stacked()),
             rule("stages.{i}.x", "levels.{i-1}.y"),
         ),

@@ -17,6 +17,8 @@ from vicinal.pattern.counting import count
 
 PadMode = Literal["none", "legacy"]
 
+_LONG = 1 << 16
+
 
 class PatternAttention(nn.Module):
     """Multi-head attention over `[batch, *grid, dim]` by any pattern, on a grid of any rank.
@@ -76,10 +78,13 @@ class PatternAttention(nn.Module):
             self.rpb = self._tables(rank, table_grid)
 
     def _tables(self, rank: int, table_grid: Sequence[int] | None) -> nn.Parameter | nn.ParameterList:
-        grid = (1,) * rank if table_grid is None else tuple(table_grid)
+        # on a grid that long no window is cut, and a table that is made for the grid stands out
+        grid = (_LONG,) * rank if table_grid is None else tuple(table_grid)
         pattern = at(self.pattern, grid)
         sizes = split_heads(self.num_heads, *_groups(pattern, rank))
         shapes = table_shapes(self.pattern, grid)
+        if any(size > _LONG for shape in shapes for size in shape):
+            raise ValueError(f"the position bias of {self.pattern!r} depends on the grid: give table_grid")
         tables = [torch.empty(heads, *shape) for heads, shape in zip(sizes, shapes, strict=True)]
         for table in tables:
             nn.init.trunc_normal_(table, std=0.02)

@@ -43,8 +43,9 @@ class WindowWord:
     shift: int = 0
 
     def at(self, grid: Sequence[int]) -> Pattern:
-        """`Window`, unshifted on every axis where one axis is no longer than it."""
-        return Window(self.size, shift=self.shift if min(grid) > self.size else 0)
+        """`Window`, unshifted everywhere where one axis is no longer than it, and no longer than its axis."""
+        shift = self.shift if min(grid) > self.size else 0
+        return tuple(Window(min(self.size, length), shift=shift) for length in grid)
 
 
 def near(kernel_size: int, dilation: int | Literal["max"] = 1) -> NearWord:
@@ -60,10 +61,10 @@ def near(kernel_size: int, dilation: int | Literal["max"] = 1) -> NearWord:
 
 
 def window(size: int, shift: int = 0) -> WindowWord:
-    """Swin's windows: on a grid with an axis no longer than the window, no axis is shifted.
+    """Swin's windows: on a grid with an axis no longer than the window, no axis is shifted, and that one is not padded.
 
     >>> window(7, shift=3).at((14, 14)), window(7, shift=3).at((7, 14))
-    (Window(7, shift=3), Window(7))
+    ((Window(7, shift=3), Window(7, shift=3)), (Window(7), Window(7)))
     """
     Window(size, shift)
     return WindowWord(size, shift)
@@ -102,7 +103,7 @@ def table_shapes(pattern: AnyPattern, grid: Sequence[int]) -> tuple[tuple[int, .
 def padded(pattern: Pattern, grid: Sequence[int]) -> tuple[int, ...]:
     """The grid that published code of `pattern` pads to, before it attends: whole windows, whole dilated kernels.
 
-    >>> padded(Near(7, dilation=4), (20, 30)), padded(Window(7), (20, 7)), padded(Grid(4), (9, 8))
+    >>> padded(Near(7, dilation=4), (20, 30)), padded(Window(7), (20, 5)), padded(Grid(4), (9, 8))
     ((28, 30), (21, 7), (12, 8))
     """
     lengths = list(grid)
@@ -116,9 +117,7 @@ def padded(pattern: Pattern, grid: Sequence[int]) -> tuple[int, ...]:
 def _padded_length(kind: AxisKind, length: int) -> int:
     if isinstance(kind, Near):
         return max(length, kind.kernel_size * kind.dilation)
-    if isinstance(kind, Window):
-        return length if length <= kind.size else -(-length // kind.size) * kind.size
-    if isinstance(kind, Grid):
+    if isinstance(kind, Window | Grid):
         return -(-length // kind.size) * kind.size
     return length
 

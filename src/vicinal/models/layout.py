@@ -1,7 +1,8 @@
 """Two-way maps between our parameter names and those of published checkpoints and other libraries.
 
 A `Layout` is a list of rules. Each pairs a template of our names with templates of theirs and says how the tensors
-become each other. `{i}` and `{j}` stand for whole numbers, `{rest}` for anything; theirs may write `{i-1}` or `{i+1}`.
+become each other. `{i}` and `{j}` stand for whole numbers, `{rest}` for anything; theirs may write `{i-1}`, `{i+1}` or
+`{i*2+1}`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,17 @@ class How:
 SAME = How(lambda theirs, shapes: theirs, lambda ours: ours)
 
 
-def split(parts: int) -> How:
-    """One of ours is several of theirs, one after the other on the first axis (query, key, value)."""
-    return How(lambda theirs, shapes: [torch.cat(theirs)], lambda ours: list(ours[0].chunk(parts)))
+def split(*parts: int) -> How:
+    """One of ours is several of theirs, one after the other on the first axis: `split(1, 1, 1)` query, key, value.
+
+    The parts say how the length of ours is shared out.
+    """
+
+    def theirs(ours: Tensors) -> Tensors:
+        share = ours[0].shape[0] // sum(parts)
+        return list(ours[0].split([share * part for part in parts]))
+
+    return How(lambda theirs, shapes: [torch.cat(theirs)], theirs)
 
 
 def stacked() -> How:
@@ -146,9 +155,11 @@ def _pattern(template: str) -> re.Pattern[str]:
 def _fill(template: str, values: Mapping[str, str]) -> str:
     def value(match: re.Match[str]) -> str:
         text = values[match["name"]]
-        return str(int(text) + int(match["offset"])) if match["offset"] else text
+        if match["factor"] is None and match["offset"] is None:
+            return text
+        return str(int(text) * int((match["factor"] or "*1")[1:]) + int(match["offset"] or 0))
 
-    return re.sub(r"\{(?P<name>\w+)(?P<offset>[+-]\d+)?\}", value, template)
+    return re.sub(r"\{(?P<name>\w+)(?P<factor>\*\d+)?(?P<offset>[+-]\d+)?\}", value, template)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ TRANSFORMERS_LAYOUT = Layout(
         rule(_BLOCK + "norm1.{rest}", _LAYER + "layernorm_before.{rest}"),
         rule(_BLOCK + "norm2.{rest}", _LAYER + "layernorm_after.{rest}"),
         rule(_BLOCK + "mixer.rpb", _LAYER + "attention.self.rpb"),
-        rule(_BLOCK + "mixer.qkv.{rest}", _QKV, split(3)),
+        rule(_BLOCK + "mixer.qkv.{rest}", _QKV, split(1, 1, 1)),
         rule(_BLOCK + "mixer.proj.{rest}", _LAYER + "attention.output.dense.{rest}"),
         rule(_BLOCK + "mlp.fc1.{rest}", _LAYER + "intermediate.dense.{rest}"),
         rule(_BLOCK + "mlp.fc2.{rest}", _LAYER + "output.dense.{rest}"),

@@ -117,7 +117,7 @@ def _transformers(attention: dict[str, str | tuple[str, ...]], mlp: tuple[str, s
         rule(_BLOCK + "norm1.{rest}", there + "layernorm_before.{rest}"),
         rule(_BLOCK + "norm2.{rest}", there + "layernorm_after.{rest}"),
         rule(_BLOCK + "mixer.rpb", f"{there}attention.{attention['table']}", swin_table()),
-        rule(_BLOCK + "mixer.qkv.{rest}", qkv, split(3)),
+        rule(_BLOCK + "mixer.qkv.{rest}", qkv, split(1, 1, 1)),
         rule(_BLOCK + "mixer.proj.{rest}", f"{there}attention.{attention['proj']}.{{rest}}"),
         rule(_BLOCK + "mlp.fc1.{rest}", f"{there}{mlp[0]}.{{rest}}"),
         rule(_BLOCK + "mlp.fc2.{rest}", f"{there}{mlp[1]}.{{rest}}"),
