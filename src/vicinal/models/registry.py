@@ -19,7 +19,19 @@ from vicinal.models import checkpoint, loading
 from vicinal.models.family import Family, Published
 from vicinal.models.layout import Fit
 
-MODULES = ("nat", "dinat_s", "isotropic", "swin", "convnext", "poolformer", "hornet")
+MODULES = (
+    "nat",
+    "dinat_s",
+    "isotropic",
+    "swin",
+    "convnext",
+    "poolformer",
+    "hornet",
+    "van",
+    "cswin",
+    "pvt",
+    "davit",
+)
 """Files of `vicinal.models` that hold a FAMILY."""
 
 NEAREST = 6
