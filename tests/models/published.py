@@ -149,7 +149,9 @@ def dinat_hub(dim: int, depths: Sequence[int], ratio: int, layer_scale: bool = F
             if layer_scale:
                 yield f"{name}.layer_scale_parameters", (2, width)
         if level < len(depths) - 1:
-            yield from convolution(f"dinat.encoder.levels.{level}.downsample.reduction", 2 * width, width, 3, bias=False)
+            yield from convolution(
+                f"dinat.encoder.levels.{level}.downsample.reduction", 2 * width, width, 3, bias=False
+            )
             yield from vectors(f"dinat.encoder.levels.{level}.downsample.norm", 2 * width)
     yield from vectors("dinat.layernorm", width)
     yield from linear("classifier", 1000, width)

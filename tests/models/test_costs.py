@@ -38,6 +38,18 @@ TABLE = [
     ("swin_base", {"window_size": 12}, 384, 87_903_584, 47.083),
     ("swin_large", {}, 224, 196_532_476, 34.476),
     ("swin_large", {"window_size": 12}, 384, 196_735_516, 103.919),
+    # published as 28.6M and 4.5G, 11.9M and 1.8G, 22M and 4.0G, 4.1M and 0.9G, 23M and 4.3G, 13.2M and 1.9G
+    ("convnext_tiny", {}, 224, 28_589_128, 4.456),
+    ("poolformer_s12", {}, 224, 11_915_176, 1.812),
+    ("hornet_tiny", {}, 224, 22_409_512, 3.968),
+    ("van_b0", {}, 224, 4_105_800, 0.864),
+    ("cswin_tiny", {}, 224, 22_320_552, 4.324),
+    ("pvt_tiny", {}, 224, 13_229_288, 1.933),
+    # published as 28.3M and 4.5G, 31M and 5.6G (which counts more than products), 28M and 3.7G, 28.4M and 4.4G
+    ("davit_tiny", {}, 224, 28_360_168, 4.522),
+    ("maxvit_tiny", {}, 224, 30_916_528, 5.545),
+    ("litv2_small", {}, 224, 27_844_000, 3.724),
+    ("focalnet_tiny", {}, 224, 28_427_116, 4.403),
 ]
 
 

@@ -122,11 +122,15 @@ def test_a_rule_for_every_conversion():
         ),
         prefix="net.",
     )
-    ours = {"qkv.weight": torch.randn(6, 2), "scale1": torch.ones(2), "scale2": torch.zeros(2), "stages.3.x": torch.ones(1)}
+    ours = {
+        "qkv.weight": torch.randn(6, 2),
+        "scale1": torch.ones(2),
+        "scale2": torch.zeros(2),
+        "stages.3.x": torch.ones(1),
+    }
     theirs = to_theirs(layout, ours)
     assert set(theirs) == {"net.q.weight", "net.k.weight", "net.v.weight", "net.scales", "net.levels.2.y"}
     back, fit = to_ours(layout, theirs, {name: tensor.shape for name, tensor in ours.items()})
     assert fit.is_exact
     for name, tensor in ours.items():
         assert torch.equal(back[name], tensor)
-

@@ -54,13 +54,17 @@ def test_pretrained_from_a_file(ending, tmp_path):
 
 def test_a_file_of_another_model_is_refused_with_its_keys(tmp_path):
     torch.save(published.state(published.nat(64, (3, 4, 6, 4), 3)), tmp_path / "weights.pth")
-    with pytest.raises(loading.CheckpointMismatch, match=r"nat_mini from .*13 missing \(levels.3.blocks.4.norm1.weight"):
+    with pytest.raises(
+        loading.CheckpointMismatch, match=r"nat_mini from .*13 missing \(levels.3.blocks.4.norm1.weight"
+    ):
         vicinal.create_model("nat_mini", pretrained=tmp_path / "weights.pth")
 
 
 def test_pretrained_true_takes_the_first_published(monkeypatch):
     asked = []
-    monkeypatch.setattr(registry.checkpoint, "find", lambda source: asked.append(source) or (_ for _ in ()).throw(OSError))
+    monkeypatch.setattr(
+        registry.checkpoint, "find", lambda source: asked.append(source) or (_ for _ in ()).throw(OSError)
+    )
     with pytest.raises(OSError):
         vicinal.create_model("dinat_mini", pretrained=True)
     assert asked == ["https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth"]

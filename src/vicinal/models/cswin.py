@@ -47,9 +47,7 @@ def build(config: CswinConfig) -> Pyramid:
         ]
         down = ConvPatches(dim // 2, dim, kernel_size=3, stride=2, padding=1, norm_after=nn.LayerNorm)
         stages.append(Stage(blocks, dim=dim, downsample=down if level else None))
-    stem = ConvPatches(
-        config.in_channels, config.dim, kernel_size=7, stride=4, padding=2, norm_after=nn.LayerNorm
-    )
+    stem = ConvPatches(config.in_channels, config.dim, kernel_size=7, stride=4, padding=2, norm_after=nn.LayerNorm)
     model = Pyramid(stem, stages, Head(stages[-1].dim, config.num_classes), in_channels=config.in_channels)
     initialize(model, linear=truncated(0.02))  # convolutions keep torch's draw
     return model

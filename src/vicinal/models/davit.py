@@ -52,9 +52,7 @@ def build(config: DavitConfig) -> Pyramid:
         into = config.dims[level - 1]
         down = patches(into, dim, kernel_size=2, stride=2, norm_before=nn.LayerNorm) if level else None
         stages.append(Stage(blocks, dim=dim, downsample=down))
-    stem = patches(
-        config.in_channels, config.dims[0], kernel_size=7, stride=4, padding=3, norm_after=nn.LayerNorm
-    )
+    stem = patches(config.in_channels, config.dims[0], kernel_size=7, stride=4, padding=3, norm_after=nn.LayerNorm)
     head = PoolFirstHead(config.dims[-1], config.num_classes)
     model = Pyramid(stem, stages, head, in_channels=config.in_channels)
     initialize(model, linear=truncated(0.02))  # convolutions keep torch's draw
@@ -74,7 +72,10 @@ def _rules() -> tuple[Rule, ...]:
         ("", ""),
     )
     return tuple(
-        rule(f"stages.{{i}}.blocks.{block}.{ours}{{rest}}", f"stages.{{i}}.blocks.{block // 2}.{block % 2}.{theirs}{{rest}}")
+        rule(
+            f"stages.{{i}}.blocks.{block}.{ours}{{rest}}",
+            f"stages.{{i}}.blocks.{block // 2}.{block % 2}.{theirs}{{rest}}",
+        )
         for block in range(2 * MOST_PAIRS)
         for ours, theirs in inner
     )

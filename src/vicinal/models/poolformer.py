@@ -34,7 +34,9 @@ VARIANTS = {"poolformer_s12": PoolFormerConfig((64, 128, 320, 512), (2, 2, 6, 2)
 def build(config: PoolFormerConfig) -> Pyramid:
     """The model of a configuration, with fresh weights."""
     stages = []
-    for level, (dim, rates) in enumerate(zip(config.dims, drop_rates(config.depths, config.drop_path_rate), strict=True)):
+    for level, (dim, rates) in enumerate(
+        zip(config.dims, drop_rates(config.depths, config.drop_path_rate), strict=True)
+    ):
         down = ConvPatches(config.dims[level - 1], dim, kernel_size=3, stride=2, padding=1) if level else None
         blocks = [
             Block(

@@ -39,9 +39,7 @@ class PvtConfig:
     in_channels: int = 3
 
 
-VARIANTS = {
-    "pvt_tiny": PvtConfig((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 8, 4, 4), (8, 4, 2, 1), 0.1)
-}
+VARIANTS = {"pvt_tiny": PvtConfig((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), (8, 8, 4, 4), (8, 4, 2, 1), 0.1)}
 
 
 class ClassTokenStage(Stage):
@@ -90,7 +88,9 @@ def build(config: PvtConfig) -> Pyramid:
     embeddings = [_embedding(config, level) for level in range(len(config.dims))]
     for level, (dim, heads, reduction) in enumerate(zip(config.dims, config.num_heads, config.reductions, strict=True)):
         blocks = [
-            Block(dim, _mixer(dim, heads, reduction), Mlp(dim, config.mlp_ratios[level] * dim), norm=norm, drop_rate=rate)
+            Block(
+                dim, _mixer(dim, heads, reduction), Mlp(dim, config.mlp_ratios[level] * dim), norm=norm, drop_rate=rate
+            )
             for rate in rates[level]
         ]
         kind = Stage if reduction > 1 else ClassTokenStage

@@ -31,6 +31,9 @@ MODULES = (
     "cswin",
     "pvt",
     "davit",
+    "maxvit",
+    "litv2",
+    "focalnet",
 )
 """Files of `vicinal.models` that hold a FAMILY."""
 
