@@ -107,7 +107,7 @@ def test_the_full_size_is_timms(name, there):
 
 def reference_stripes(mixer, inputs, width):
     """CSWin's attention as written in its paper: cut stripes out, attend, add the convolved values, put them back."""
-    batch, height, length, dim = inputs.shape
+    _, height, length, dim = inputs.shape
     halves = []
     for half, (tall, wide) in enumerate(((height, width), (width, length))):
         part = slice(half * dim // 2, (half + 1) * dim // 2)

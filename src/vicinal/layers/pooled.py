@@ -22,7 +22,7 @@ class PooledAttention(nn.Module):
     Args:
         dim: channels in.
         num_heads: heads; they divide `out_dim`.
-        pool: a module from `[batch, *grid, dim]` to `[batch, *key_grid, dim]`.
+        pool: a module from `[batch, *grid, dim]` to `[batch, *key_grid, dim]`, which it tells in `key_grid(grid)`.
         pattern: who sees whom between the two grids; everybody by default.
         out_dim: channels out, where they differ.
     """
@@ -54,7 +54,6 @@ class PooledAttention(nn.Module):
         """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`."""
         query = self.q(inputs).unflatten(-1, (self.num_heads, self.head_dim))
         pooled = self.pool(inputs)
-        self._key_grid = tuple(pooled.shape[1:-1])
         key, value = self.kv(pooled).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
         pattern = at(self.pattern, inputs.shape[1:-1])
         result: torch.Tensor = self.proj(attention(query, key, value, pattern, backend=self.backend).flatten(-2))
@@ -62,7 +61,8 @@ class PooledAttention(nn.Module):
 
     def own_multiply_adds(self, grid: tuple[int, ...]) -> tuple[int, int]:
         """Multiply-adds of the attention itself on one sample, nominal and exact (the same: nothing is cut)."""
-        pairs = count(at(self.pattern, grid), grid, self._key_grid) * 2 * self.num_heads * self.head_dim
+        key_grid: tuple[int, ...] = self.pool.key_grid(grid)  # type: ignore[operator]
+        pairs = count(at(self.pattern, grid), grid, key_grid) * 2 * self.num_heads * self.head_dim
         return pairs, pairs
 
 
@@ -76,6 +76,7 @@ class Reduce(nn.Module):
     def __init__(self, dim: int, size: int, *, rank: int = 2, norm: nn.Module | None = None) -> None:
         super().__init__()
         kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+        self.size = size
         self.conv = kind(dim, dim, size, size)
         self.norm = nn.LayerNorm(dim) if norm is None else norm
 
@@ -83,6 +84,10 @@ class Reduce(nn.Module):
         """`[batch, *grid, dim]` to `[batch, *(grid / size), dim]`."""
         result: torch.Tensor = self.norm(channels_last(self.conv(channels_first(inputs))))
         return result
+
+    def key_grid(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The grid that is left of `grid`."""
+        return tuple(length // self.size for length in grid)
 
 
 class AveragePool(nn.Module):
@@ -100,6 +105,10 @@ class AveragePool(nn.Module):
         """`[batch, height, width, dim]` to the means of blocks."""
         pooled = nn.functional.avg_pool2d(channels_first(inputs), self.size, ceil_mode=True, count_include_pad=False)
         return channels_last(pooled)
+
+    def key_grid(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The grid that is left of `grid`."""
+        return tuple(-(-length // self.size) for length in grid)
 
     def extra_repr(self) -> str:
         """What `print` shows of the module."""

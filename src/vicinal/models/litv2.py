@@ -23,7 +23,7 @@ from vicinal.pattern.axis import Full, Window
 
 @dataclass(frozen=True)
 class LitConfig:
-    """A LITv2; `windows` per stage: 0 for no attention, 1 for plain attention, else HiLo. `alpha` of the heads are low."""
+    """A LITv2; `windows` per stage: 0 no attention, 1 plain attention, else HiLo with `alpha` of the heads low."""
 
     dim: int
     depths: tuple[int, ...]

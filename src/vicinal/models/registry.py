@@ -178,7 +178,7 @@ def identify(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
         forms += [(name, ()), *((name, change) for change in changes if _SIZES & set(dict(change)))]
     found = [_candidate(state, name, dict(options)) for name, options in _nearest(state, forms)]
     if not any(candidate.has_classifier for candidate in found):  # as detection and segmentation code saves backbones
-        bare = [(name, (("features_only", True),)) for name in families()]
+        bare: list[Form] = [(name, (("features_only", True),)) for name in families()]
         found += [_candidate(state, name, dict(options)) for name, options in _nearest(state, bare)]
     return sorted(found, key=lambda candidate: candidate.problems)
 
