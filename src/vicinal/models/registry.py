@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,13 +54,13 @@ def families() -> dict[str, Family]:
     return found
 
 
-def list_models(pattern: str = "") -> list[str]:
-    """The names that `create_model` knows, those that hold `pattern`.
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` knows, those that match `pattern` with `*` for anything.
 
-    >>> vicinal.list_models("swin")
+    >>> vicinal.list_models("swin_*")
     ['swin_base', 'swin_large', 'swin_small', 'swin_tiny']
     """
-    return sorted(name for name in families() if pattern in name)
+    return sorted(fnmatch.filter(families(), pattern))
 
 
 def config_of(name: str, **overrides: Any) -> Any:
