@@ -9,7 +9,7 @@ from torch import nn
 from vicinal.models import checkpoint, loading, registry
 from vicinal.models.layout import Layout, rule, split, stacked, to_ours, to_theirs
 
-from . import published
+from . import published, published_others
 
 MINI, SMALL, LARGE = (3, 4, 6, 5), (3, 4, 18, 5), (2, 2, 18, 2)
 # name, options, layout, entries
@@ -25,6 +25,13 @@ SETS = {
     "vitrpb_small": ({}, "published vitrpb", lambda: published.isotropic(384, 14, index_of=14)),
     "swin_tiny": ({}, "published", lambda: published.swin(96, (2, 2, 6, 2))),
     "swin_small-w12": ({"window_size": 12}, "published", lambda: published.swin(96, LARGE, window=12)),
+    "convnext_tiny": ({}, "published", published_others.convnext),
+    "hornet_tiny": ({}, "published", published_others.hornet),
+    "poolformer_s12": ({}, "published", published_others.poolformer),
+    "van_b0": ({}, "published", published_others.van),
+    "cswin_tiny": ({}, "published", published_others.cswin),
+    "pvt_tiny": ({}, "published", published_others.pvt),
+    "litv2_small": ({}, "published", published_others.litv2),
     "swin_tiny-hub": ({}, "hub", lambda: published.swin_hub(96, (2, 2, 6, 2))),
 }
 
