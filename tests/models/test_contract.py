@@ -129,6 +129,17 @@ def test_save_and_load(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
+@torch.no_grad()
+def test_autocast(name):
+    model = built(name)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images)
+    exact = model(images)
+    assert (logits.float() - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_export(name):
     model = registry.families()[name].build(small(name, depth=1)).eval()
     images = torch.randn(2, 3, 32, 32)
@@ -140,8 +151,8 @@ def test_export(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_compile(name):
-    model = built(name)
-    images = torch.randn(2, 3, 64, 96)
+    model = registry.families()[name].build(small(name, depth=1)).eval()
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images), rtol=1e-3, atol=1e-4)
 

@@ -20,6 +20,14 @@ SETS = {
     "dinat_mini-k11": ({"kernel_size": 11}, "published", lambda: published.nat(64, MINI, 3, kernel=11)),
     "dinat_mini-hub": ({}, "transformers", lambda: published.dinat_hub(64, MINI, 3)),
     "nat_small-hub": ({}, "transformers", lambda: published.dinat_hub(96, SMALL, 2, layer_scale=True)),
+    "nat_mini-hub": (
+        {},
+        "transformers nat",
+        lambda: (
+            ("nat." + name.removeprefix("dinat."), shape) if name.startswith("dinat.") else (name, shape)
+            for name, shape in published.dinat_hub(64, MINI, 3)
+        ),
+    ),
     "dinat_s_tiny": ({}, "published", lambda: published.dinat_s(96, (2, 2, 6, 2))),
     "dinat_isotropic_small": ({}, "published", lambda: published.isotropic(384, 7)),
     "vitrpb_small": ({}, "published vitrpb", lambda: published.isotropic(384, 14, index_of=14)),

@@ -75,6 +75,28 @@ def test_equals_transformers(size, layer_scale, transformers_dinat):
 
 
 @torch.no_grad()
+def test_equals_transformers_on_our_operator(lively):
+    """The same through the adapter, which is how users run transformers' model."""
+    pytest.importorskip("transformers")
+    from transformers import DinatConfig, DinatForImageClassification
+
+    from vicinal.adapters.transformers import patch_dinat, unpatch_dinat
+
+    there = {"embed_dim": 16, "depths": [3, 2, 2], "num_heads": [1, 2, 4], "mlp_ratio": 2.0, "num_labels": 10}
+    patch_dinat()
+    try:
+        dilations = [[1, 4, 1], [1, 2], [1, 1]]
+        theirs = lively(DinatForImageClassification(DinatConfig(**there, dilations=dilations, drop_path_rate=0.0)))
+        ours = nat.build(SMALL).eval()
+        take_over(nat.TRANSFORMERS_LAYOUT, ours, theirs)
+        for size in ((112, 112), (70, 101)):
+            images = torch.randn(1, 3, *size)
+            assert_close(ours(images), theirs(images).logits)
+    finally:
+        unpatch_dinat()
+
+
+@torch.no_grad()
 def test_the_last_level_at_224_is_full_attention(lively):
     """A 7x7 map under a 7x7 kernel: every token sees every other, at the same bias as in a window."""
     block = lively(nat.build(SMALL).stages[1].blocks[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 import vicinal
 from vicinal.cli.main import main
 from vicinal.models import loading, registry
+from vicinal.models.table import markdown
 
 from . import published
 
@@ -75,6 +77,11 @@ def test_published_sources_name_layouts_and_options_that_exist():
         for one in family.published.get(name, ()):
             assert one.layout in family.layouts
             registry.config_of(name, **one.changes)
+
+
+def test_the_table_of_models_is_up_to_date():
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert page.read_text() == markdown(), "run python -m vicinal.models.table > docs/models.md"
 
 
 def test_our_own_files_come_back(tmp_path):

@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, r
 from torch import nn
 
 from vicinal.layers.channels import channels_first, channels_last
-from vicinal.layers.pyramid import Pyramid, run_stages
+from vicinal.layers.pyramid import Head, Pyramid, run_stages
 from vicinal.layers.tags import parameter_tags
 from vicinal.models import loading, nat, registry
 
@@ -45,7 +45,8 @@ class TimmModel(nn.Module):
         model = registry.create_model(variant, num_classes=num_classes, in_channels=in_chans, **options)
         assert isinstance(model, Pyramid)
         self.variant, self.in_chans, self.num_classes = variant, in_chans, num_classes
-        self.stem, self.stages, self.head = model.stem, model.stages, model.head
+        self.stem, self.stages = model.stem, model.stages
+        self.head: Head | nn.Identity = model.head
         self.num_features = self.head_hidden_size = model.head.dim
         self.feature_info = [
             {"num_chs": info.channels, "reduction": info.stride, "module": f"stages.{index}"}
@@ -63,12 +64,12 @@ class TimmModel(nn.Module):
 
     def get_classifier(self) -> nn.Module | None:
         """The classifier's linear layer."""
-        return self.head.classifier
+        return self._whole_head().classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier; the pooling is the model's own."""
         self.num_classes = num_classes
-        self.head.reset(num_classes)
+        self._whole_head().reset(num_classes)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """The last map, `[batch, channels, height, width]`, without the head's norm."""
@@ -78,9 +79,14 @@ class TimmModel(nn.Module):
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of a map, or the vector before them."""
-        tokens = channels_last(features)
-        result: torch.Tensor = self.head.embed(tokens, None) if pre_logits else self.head(tokens, None)
+        tokens, head = channels_last(features), self._whole_head()
+        result: torch.Tensor = head.embed(tokens, None) if pre_logits else head(tokens, None)
         return result
+
+    def _whole_head(self) -> Head:
+        if not isinstance(self.head, Head):
+            raise ValueError(f"{self.variant} was cut down to feature maps, which took its head away")
+        return self.head
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits."""

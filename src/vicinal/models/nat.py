@@ -127,28 +127,29 @@ PUBLISHED_LAYOUT = Layout(
 _LAYER, _BLOCK = "encoder.levels.{i}.layers.{j}.", "stages.{i}.blocks.{j}."
 _QKV = tuple(f"{_LAYER}attention.self.{part}.{{rest}}" for part in ("query", "key", "value"))
 
-TRANSFORMERS_LAYOUT = Layout(
-    (
-        rule("stem.conv1.{rest}", "embeddings.patch_embeddings.projection.0.{rest}"),
-        rule("stem.conv2.{rest}", "embeddings.patch_embeddings.projection.1.{rest}"),
-        rule("stem.norm.{rest}", "embeddings.norm.{rest}"),
-        rule("stages.{i}.downsample.conv.{rest}", "encoder.levels.{i-1}.downsample.reduction.{rest}"),
-        rule("stages.{i}.downsample.norm_after.{rest}", "encoder.levels.{i-1}.downsample.norm.{rest}"),
-        rule(_BLOCK + "norm1.{rest}", _LAYER + "layernorm_before.{rest}"),
-        rule(_BLOCK + "norm2.{rest}", _LAYER + "layernorm_after.{rest}"),
-        rule(_BLOCK + "mixer.rpb", _LAYER + "attention.self.rpb"),
-        rule(_BLOCK + "mixer.qkv.{rest}", _QKV, split(1, 1, 1)),
-        rule(_BLOCK + "mixer.proj.{rest}", _LAYER + "attention.output.dense.{rest}"),
-        rule(_BLOCK + "mlp.fc1.{rest}", _LAYER + "intermediate.dense.{rest}"),
-        rule(_BLOCK + "mlp.fc2.{rest}", _LAYER + "output.dense.{rest}"),
-        rule((_BLOCK + "gamma1", _BLOCK + "gamma2"), _LAYER + "layer_scale_parameters", stacked()),
-        rule("head.norm.{rest}", "layernorm.{rest}"),
-        rule("head.classifier.{rest}", "classifier.{rest}"),
-        rule("norms.{i}.{rest}", "hidden_states_norms.stage{i+1}.{rest}"),
-    ),
-    prefix="dinat.",
-    bare=("classifier.",),
+_TRANSFORMERS_RULES = (
+    rule("stem.conv1.{rest}", "embeddings.patch_embeddings.projection.0.{rest}"),
+    rule("stem.conv2.{rest}", "embeddings.patch_embeddings.projection.1.{rest}"),
+    rule("stem.norm.{rest}", "embeddings.norm.{rest}"),
+    rule("stages.{i}.downsample.conv.{rest}", "encoder.levels.{i-1}.downsample.reduction.{rest}"),
+    rule("stages.{i}.downsample.norm_after.{rest}", "encoder.levels.{i-1}.downsample.norm.{rest}"),
+    rule(_BLOCK + "norm1.{rest}", _LAYER + "layernorm_before.{rest}"),
+    rule(_BLOCK + "norm2.{rest}", _LAYER + "layernorm_after.{rest}"),
+    rule(_BLOCK + "mixer.rpb", _LAYER + "attention.self.rpb"),
+    rule(_BLOCK + "mixer.qkv.{rest}", _QKV, split(1, 1, 1)),
+    rule(_BLOCK + "mixer.proj.{rest}", _LAYER + "attention.output.dense.{rest}"),
+    rule(_BLOCK + "mlp.fc1.{rest}", _LAYER + "intermediate.dense.{rest}"),
+    rule(_BLOCK + "mlp.fc2.{rest}", _LAYER + "output.dense.{rest}"),
+    rule((_BLOCK + "gamma1", _BLOCK + "gamma2"), _LAYER + "layer_scale_parameters", stacked()),
+    rule("head.norm.{rest}", "layernorm.{rest}"),
+    rule("head.classifier.{rest}", "classifier.{rest}"),
+    rule("norms.{i}.{rest}", "hidden_states_norms.stage{i+1}.{rest}"),
 )
+
+TRANSFORMERS_LAYOUT = Layout(_TRANSFORMERS_RULES, prefix="dinat.", bare=("classifier.",))
+
+# transformers 4 had NAT too; files of it are on the hub
+TRANSFORMERS_NAT_LAYOUT = Layout(_TRANSFORMERS_RULES, prefix="nat.", bare=("classifier.",))
 
 _NAT = "https://shi-labs.com/projects/nat/checkpoints/CLS/"
 _DINAT = "https://shi-labs.com/projects/dinat/checkpoints/"
@@ -158,9 +159,17 @@ _K11 = {"kernel_size": 11, "dilations": "cls224"}
 FAMILY = Family(
     VARIANTS,
     build,
-    {"published": PUBLISHED_LAYOUT, "transformers": TRANSFORMERS_LAYOUT},
+    {
+        "published": PUBLISHED_LAYOUT,
+        "transformers": TRANSFORMERS_LAYOUT,
+        "transformers nat": TRANSFORMERS_NAT_LAYOUT,
+    },
     {
         **{name: (Published(f"{_NAT}{name}.pth"),) for name in VARIANTS if name.startswith("nat_")},
+        "nat_mini": (
+            Published(f"{_NAT}nat_mini.pth"),
+            Published("shi-labs/nat-mini-in1k-224", "transformers nat"),
+        ),
         **{
             name: (
                 Published(f"{_DINAT}imagenet1k/{name}_in1k_224.pth"),
