@@ -1,33 +1,10 @@
-"""What the tests of models share: hosts that can be imported, and random weights that are not too tame."""
+"""What the tests of models share: random weights that are not too tame."""
 
 from __future__ import annotations
-
-import ctypes
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-
-
-def _mend_torchvision() -> None:
-    """Declare the operators without which torchvision, and with it every host, cannot be imported.
-
-    The wheel on PyPI is built for CUDA; beside a CPU build of torch its own library does not load.
-    """
-    found = importlib.util.find_spec("torchvision")
-    library = None if found is None or found.origin is None else Path(found.origin).parent / "_C.so"
-    if library is None or not library.is_file() or hasattr(torch.ops.torchvision, "nms"):
-        return
-    try:
-        ctypes.CDLL(str(library))
-    except OSError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_mend_torchvision()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from vicinal.layers.convolution import LargeKernelAttention, RecursiveGate
 from vicinal.layers.deformable import DeformableMerging
 from vicinal.models import convnext, cswin, davit, focalnet, litv2, maxvit, poolformer, pvt, registry
 
@@ -176,3 +177,34 @@ def test_deformable_merging_moves_its_taps_down_and_right(lively):
     plain = nn.functional.conv2d(moved, merging.weight, merging.bias, stride=2)
     expected = merging.act(merging.norm(plain)).movedim(1, -1)
     torch.testing.assert_close(merging(inputs.movedim(1, -1)), expected, rtol=1e-4, atol=1e-4)
+
+
+def point(layer, maps):
+    """A linear layer as the 1x1 convolution that it is in the original."""
+    return nn.functional.conv2d(maps, layer.weight[..., None, None], layer.bias)
+
+
+@torch.no_grad()
+def test_large_kernel_attention_written_out(lively):
+    mixer = lively(LargeKernelAttention(6))
+    maps = torch.randn(2, 6, 11, 12)
+    inner = nn.functional.gelu(point(mixer.proj_in, maps))
+    gate = nn.functional.conv2d(inner, mixer.near.conv.weight, mixer.near.conv.bias, padding=2, groups=6)
+    gate = nn.functional.conv2d(gate, mixer.far.conv.weight, mixer.far.conv.bias, padding=9, dilation=3, groups=6)
+    expected = point(mixer.proj_out, inner * point(mixer.point, gate)) + maps
+    torch.testing.assert_close(mixer(maps.movedim(1, -1)).movedim(-1, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_recursive_gate_written_out(lively):
+    """Order 3 over 8 channels: shares of 2, 4 and 8, each gate as wide as its share."""
+    mixer = lively(RecursiveGate(8, 3, scale=1 / 3))
+    maps = torch.randn(2, 8, 9, 10)
+    gate, rest = point(mixer.proj_in, maps).split([2, 14], 1)
+    conv = mixer.depthwise.conv
+    shares = (nn.functional.conv2d(rest, conv.weight, conv.bias, padding=3, groups=14) / 3).split([2, 4, 8], 1)
+    gate = gate * shares[0]
+    gate = point(mixer.widen[0], gate) * shares[1]
+    gate = point(mixer.widen[1], gate) * shares[2]
+    expected = point(mixer.proj_out, gate)
+    torch.testing.assert_close(mixer(maps.movedim(1, -1)).movedim(-1, 1), expected, rtol=1e-4, atol=1e-4)
