@@ -84,7 +84,7 @@ class _NeighborhoodAttention(nn.Module):
             inputs = pad_grid(inputs, padded(self.pattern, grid))
         qkv = self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.unbind(-3)
-        out = self._attend(query, key, value).flatten(-2)[(slice(None), *(slice(length) for length in grid))]
+        out = crop_grid(self._attend(query, key, value).flatten(-2), grid)
         result: torch.Tensor = self.proj_drop(self.proj(out))
         return result
 
