@@ -152,7 +152,8 @@ def test_export(name):
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_compile(name):
     model = registry.families()[name].build(small(name, depth=1)).eval()
-    images = torch.randn(2, 3, 32, 32)
+    # not 32: inductor of torch 2.13 writes beyond its memory on DaViT's last map, of one token, and Python aborts
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images), rtol=1e-3, atol=1e-4)
 
