@@ -28,3 +28,17 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     scale = theirs.abs().max().item()
     assert theirs.std() > 1e-3 * scale > 0
     assert (ours - theirs).abs().max().item() <= TOLERANCE * scale
+
+
+def assert_gradients_close(ours: nn.Module, theirs: nn.Module, images: torch.Tensor) -> None:
+    """The gradient of the squared logits with respect to the images is the same through both models."""
+    gradients = []
+    for model in (ours, theirs):
+        given = images.clone().requires_grad_()
+        out = model(given)
+        logits = out if isinstance(out, torch.Tensor) else out.logits
+        (gradient,) = torch.autograd.grad(logits.square().sum(), given)
+        gradients.append(gradient)
+    scale = gradients[1].abs().max().item()
+    assert scale > 0
+    assert (gradients[0] - gradients[1]).abs().max().item() <= 10 * TOLERANCE * scale

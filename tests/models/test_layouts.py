@@ -105,6 +105,22 @@ def test_detection_backbones_bring_their_norms():
     assert torch.equal(model.norms["2"].weight, theirs["norm2.weight"])
 
 
+def test_the_backbone_inside_transformers_oneformer_is_found():
+    theirs = published.state(published.dinat_hub(64, MINI, 3))
+    inside = {
+        name.removeprefix("dinat."): tensor for name, tensor in theirs.items() if "encoder" in name or "embed" in name
+    }
+    for level in range(4):
+        inside |= published.state(published.vectors(f"hidden_states_norms.stage{level + 1}", 64 * 2**level))
+    whole = {f"model.pixel_level_module.encoder.{name}": tensor for name, tensor in inside.items()}
+    state = checkpoint.unwrap({**whole, "model.task_encoder.x": torch.zeros(1)}).state
+    model = registry.create_model("dinat_mini", features_only=True, use_norms=True)
+    assert loading.load(model, state, registry.families()["dinat_mini"]).startswith("transformers")
+    assert torch.equal(model.norms["3"].bias, inside["hidden_states_norms.stage4.bias"])
+    query = inside["encoder.levels.1.layers.2.attention.self.query.weight"]
+    assert torch.equal(model.stages[1].blocks[2].mixer.qkv.weight[:128], query)
+
+
 def test_features_load_from_a_classifier_and_leave_the_rest():
     theirs = published.state(published.nat(64, MINI, 3))
     model = registry.create_model("nat_mini", features_only=True, stages=(0, 1), use_norms=True)

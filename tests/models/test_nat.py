@@ -10,7 +10,7 @@ import torch
 from vicinal.models import nat
 from vicinal.pattern import Near, Window, mask
 
-from .parity import assert_close, take_over
+from .parity import assert_close, assert_gradients_close, take_over
 
 SMALL = nat.NatConfig(16, (3, 2, 2), (1, 2, 4), 2, None, 0.0, dilations=((1, 4), (1, 2), (1,)), num_classes=10)
 
@@ -72,6 +72,12 @@ def test_equals_transformers(size, layer_scale, transformers_dinat):
     take_over(nat.TRANSFORMERS_LAYOUT, ours, theirs)
     images = torch.randn(2, 3, *size)
     assert_close(ours(images), theirs(images).logits)
+
+
+def test_gradients_equal_those_of_transformers(transformers_dinat):
+    theirs, ours = transformers_dinat(SMALL), nat.build(SMALL).eval()
+    take_over(nat.TRANSFORMERS_LAYOUT, ours, theirs)
+    assert_gradients_close(ours, theirs, torch.randn(1, 3, 70, 101))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from vicinal.models import swin
 
-from .parity import assert_close, take_over
+from .parity import assert_close, assert_gradients_close, take_over
 
 SMALL = swin.SwinConfig(16, (2, 2, 2), (1, 2, 4), 0.0, num_classes=10)
 
@@ -31,6 +31,12 @@ def test_equals_transformers(size, lively):
     take_over(swin.LAYOUTS["transformers"], ours, theirs)
     images = torch.randn(2, 3, *size)
     assert_close(ours(images), theirs(images).logits)
+
+
+def test_gradients_equal_those_of_transformers(lively):
+    theirs, ours = lively(transformers_model()), swin.build(SMALL).eval()
+    take_over(swin.LAYOUTS["transformers"], ours, theirs)
+    assert_gradients_close(ours, theirs, torch.randn(1, 3, 110, 150))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -81,7 +82,8 @@ class PatternAttention(nn.Module):
         # on a grid that long no window is cut, and a table that is made for the grid stands out
         grid = (_LONG,) * rank if table_grid is None else tuple(table_grid)
         pattern = at(self.pattern, grid)
-        sizes = split_heads(self.num_heads, *_groups(pattern, rank))
+        groups, sizes = pattern_parts(pattern, rank)
+        sizes = split_heads(self.num_heads, len(groups), sizes)
         shapes = table_shapes(self.pattern, grid)
         if any(size > _LONG for shape in shapes for size in shape):
             raise ValueError(f"the position bias of {self.pattern!r} depends on the grid: give table_grid")
@@ -126,29 +128,12 @@ class PatternAttention(nn.Module):
         """Multiply-adds of the attention itself on one sample: nominal (whole windows) and exact (keys seen)."""
         pattern = at(self.pattern, grid)
         grid = padded(pattern, grid) if self.pad_mode == "legacy" else grid
-        tokens = 1
-        for length in grid:
-            tokens *= length
-        width = 2 * self.num_heads * self.head_dim
-        groups = len(_groups_of(pattern, len(grid)))
-        exact = count(pattern, grid, heads=self.num_heads) * width // self.num_heads
-        if groups == 1:
-            return int(tokens * window_area(pattern, grid)) * width, exact
-        return round(tokens * window_area(pattern, grid) * width), exact
+        nominal = math.prod(grid) * window_area(pattern, grid) * 2 * self.num_heads * self.head_dim
+        return round(nominal), count(pattern, grid, heads=self.num_heads) * 2 * self.head_dim
 
     def extra_repr(self) -> str:
         """What `print` shows of the module."""
         return f"dim={self.dim}, num_heads={self.num_heads}, pattern={self.pattern}, pad_mode={self.pad_mode!r}"
-
-
-def _groups_of(pattern: Pattern, rank: int) -> tuple[object, ...]:
-    return pattern_parts(pattern, rank)[0]
-
-
-def _groups(pattern: Pattern, rank: int) -> tuple[int, tuple[int, ...] | None]:
-    """How many head groups a pattern has, and their sizes where given."""
-    parts, sizes = pattern_parts(pattern, rank)
-    return len(parts), sizes
 
 
 def _part(table: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -158,7 +143,10 @@ def _part(table: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return table
     if any(has < needs for has, needs in zip(own, shape, strict=True)):
         grid, made_for = (tuple((size + 1) // 2 for size in sizes) for sizes in (shape, own))
-        raise ValueError(f"the position bias is made for grids of up to {made_for}, got {grid}; give table_grid")
+        raise ValueError(
+            f"the position bias is made for grids of up to {made_for}, got {grid}; "
+            "make it for larger ones (table_grid of a mixer, image_size of a model)"
+        )
     cuts = [slice((has - needs) // 2, (has + needs) // 2) for has, needs in zip(own, shape, strict=True)]
     return table[(slice(None), *cuts)]
 

@@ -121,7 +121,7 @@ class Layout:
 
     def name(self, bare: str) -> str:
         """One of their names, with the prefix where it has one."""
-        return bare if bare.startswith(self.bare) and self.bare else self.prefix + bare
+        return bare if bare.startswith(self.bare) else self.prefix + bare
 
     def bare_name(self, name: str) -> str:
         """One of their names without the prefix."""
