@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from vicinal.models import swin
+from vicinal.models import dinat_s, isotropic, swin
+from vicinal.pattern import Full, Near
 
 from .parity import assert_close, assert_gradients_close, take_over
 
@@ -68,3 +69,26 @@ def test_index_buffer_is_the_published_one():
     timm = pytest.importorskip("timm")
     index = swin.position_index(torch.zeros(49, 1))
     assert torch.equal(index, timm.models.swin_transformer.get_relative_position_index(4, 4))
+
+
+@torch.no_grad()
+def test_dinat_s_is_swin_where_every_window_is_the_map(lively):
+    """At 28 pixels no map is longer than 7: a neighborhood and a window are both all of it, under one bias."""
+    windows = lively(swin.build(dataclasses.replace(SMALL, pad_mode="none")))
+    near = dinat_s.DinatSConfig(16, (2, 2, 2), (1, 2, 4), 0.0, ((1,),) * 3, pad_mode="none", num_classes=10)
+    neighborhoods = dinat_s.build(near).eval()
+    neighborhoods.load_state_dict(windows.state_dict(), strict=True)
+    images = torch.randn(2, 3, 28, 28)
+    assert_close(neighborhoods(images), windows(images))
+    larger = torch.randn(1, 3, 56, 56)
+    assert (neighborhoods(larger) - windows(larger)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_vitrpb_is_isotropic_nat_where_the_kernel_is_the_map(lively):
+    full = isotropic.IsotropicConfig(16, 2, 0.0, (Full(),), depth=2, image_size=112, num_classes=10)
+    near = dataclasses.replace(full, patterns=(Near(7),))
+    ours, theirs = isotropic.build(near).eval(), lively(isotropic.build(full))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randn(2, 3, 112, 112)
+    assert_close(ours(images), theirs(images))
