@@ -152,7 +152,7 @@ def test_export(name):
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_compile(name):
     model = registry.families()[name].build(small(name, depth=1)).eval()
-    torch.compiler.reset()  # all families share the code of `Pyramid.forward`, and one code is compiled a few times only
+    torch.compiler.reset()  # all families share one `Pyramid.forward`, compiled a few times only
     # not 32: inductor of torch 2.13 writes beyond its memory on DaViT's last map, of one token, and Python aborts
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

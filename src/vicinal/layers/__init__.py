@@ -1,4 +1,4 @@
-"""What models are made of: mixers, combinators, one residual block, a pyramid builder. Everything has the channels last.
+"""What models are made of: mixers, combinators, one residual block, a pyramid builder; the channels come last.
 
 A model is a few lines of them. Here windows and dilated neighborhoods take turns, in two stages:
 
