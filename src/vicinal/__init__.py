@@ -5,6 +5,8 @@
 torch.Size([1, 56, 56, 4, 32])
 """
 
+from typing import TYPE_CHECKING, Any
+
 from vicinal import pattern
 from vicinal.layers.neighborhood import (
     NeighborhoodAttention1D,
@@ -41,6 +43,9 @@ from vicinal.pattern import (
 )
 from vicinal.version import __version__
 
+if TYPE_CHECKING:
+    from vicinal.models.registry import create_model, list_models
+
 __all__ = [
     "AxisKind",
     "BackendRefused",
@@ -63,8 +68,10 @@ __all__ = [
     "attention_scores",
     "bias_shape",
     "bounds",
+    "create_model",
     "explain",
     "heads",
+    "list_models",
     "merge_attentions",
     "na1d",
     "na2d",
@@ -72,3 +79,13 @@ __all__ = [
     "pattern",
     "union",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The models, imported when first asked for: most programs that import this want the operator alone."""
+    if name in ("create_model", "list_models"):
+        from vicinal.models import registry
+
+        globals()[name] = getattr(registry, name)
+        return globals()[name]
+    raise AttributeError(f"module 'vicinal' has no attribute {name!r}")

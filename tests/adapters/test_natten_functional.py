@@ -73,7 +73,8 @@ def test_arguments_of_both_generations_by_position() -> None:
     same(natten.na1d(query, query, query, 4, 3, xformers_kwargs=None), dilated)
     same(natten.na1d(query, query, query, 4, 3, 2), both)  # 0.21: a number there
     same(natten.na1d(query, query, query, 4, 3, dilation=2), both)
-    same(natten.na1d(query, query, query, 4, 3, backend="tiled"), strided)
+    tiled = natten.na1d(query, query, query, kernel_size=4, stride=3, backend="tiled")
+    same(natten.na1d(query, query, query, 4, 3, backend="tiled"), tiled)
     same(natten.na1d(query, query, query, 4, 1), natten.na1d(query, query, query, 4))  # either way the same
     same(natten.na1d(query, query, query, 4, None, None, None), natten.na1d(query, query, query, 4))
     same(

@@ -126,6 +126,13 @@ assert natten.__version__ == "0.17.5"
 use_fused_na(True)
 ours.uninstall()
 ours.uninstall()  # again does nothing
+
+import threading
+threads = [threading.Thread(target=lambda: (ours.install(), ours.uninstall())) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
 assert not [name for name in sys.modules if name.split(".")[0] == "natten"]
 assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("vicinal.adapters")]
 assert on_disk() == before

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+from vicinal.adapters import natten as adapter
 from vicinal.measure.gate import Gate
 from vicinal.measure.peers import PEERS, dense, halo
 from vicinal.measure.problems import Problem
@@ -81,6 +84,17 @@ def test_packages_that_are_missing_are_said_to_be(monkeypatch):
     for name, problem in (("timm", SMALL[4]), ("transformers", SMALL[4]), ("natten", SMALL[0])):
         with pytest.raises(NotRun, match=f"{name} is not installed"):
             PEERS[name](Task(problem, torch.float32))
+
+
+def test_our_own_adapter_is_not_measured_as_natten():
+    if "natten" in sys.modules:
+        pytest.skip("the real NATTEN is loaded, which install() leaves alone")
+    adapter.install()
+    try:
+        with pytest.raises(NotRun, match="Vicinal's own adapter"):
+            PEERS["natten"](Task(SMALL[0], torch.float32))
+    finally:
+        adapter.uninstall()
 
 
 def test_dense_peers_refuse_what_is_too_large(monkeypatch):

@@ -177,6 +177,29 @@ def test_autocast_takes_what_a_projection_under_it_gives() -> None:
     assert bias.grad.dtype == torch.float32
 
 
+@every_backend
+def test_a_backward_pass_under_autocast_is_the_one_outside(backend: str) -> None:
+    """Also of a gradient: `backward()` within the `with` is common, if not what torch advises."""
+    inputs = {name: torch.randn(1, 9, 11, 2, 8, dtype=torch.bfloat16) for name in ("query", "key", "value")}
+    inputs["bias"] = torch.randn(2, 5, 5)
+
+    def gradients(is_inside: bool, times: int) -> list[torch.Tensor]:
+        tensors = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = vicinal.attention(**tensors, pattern=Near(3), backend=backend).float().square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_inside):
+            for left in reversed(range(times)):
+                grads = torch.autograd.grad(found, list(tensors.values()), create_graph=left > 0)
+                found = sum(grad.float().square().sum() for grad in grads)
+        return list(grads)
+
+    for times in (1, 2):
+        for inside, outside in zip(gradients(True, times), gradients(False, times), strict=True):
+            assert inside.dtype == outside.dtype
+            assert outside.abs().max() > 0
+            torch.testing.assert_close(inside, outside, rtol=2**-6, atol=2**-6 * largest(outside))
+
+
 def test_autocast_leaves_float64_alone() -> None:
     query = torch.randn(1, 9, 2, 4, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):

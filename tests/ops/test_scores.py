@@ -284,3 +284,18 @@ def test_scores_refuse_what_does_not_fit(given: dict[str, Any], message: str) ->
 def test_weights_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vicinal.apply_scores(**{"weights": WEIGHTS, "value": Q, "pattern": Near(3), **given})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_both_steps_and_their_gradients_keep_their_precision_under_autocast(dtype: torch.dtype) -> None:
+    def gradients(is_enabled: bool) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        query, key, value = (torch.randn(1, 6, 7, 2, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_enabled):
+            weights = vicinal.attention_scores(query, key, Near(3)).softmax(-1).to(dtype)
+            out = vicinal.apply_scores(weights, value, Near(3))
+            return out, *torch.autograd.grad(out.square().sum(), [query, key, value])
+
+    for under, outside in zip(gradients(True), gradients(False), strict=True):
+        assert under.dtype == dtype
+        torch.testing.assert_close(under, outside, rtol=2**-6 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)

@@ -87,6 +87,7 @@ def _parser() -> Parser:
     _add_explain(commands)
     _add_show(commands)
     _add_tour(commands)
+    _add_weights(commands)
     return parser
 
 
@@ -167,6 +168,17 @@ def _add_tour(commands: Any) -> None:
     parser = _add(commands, "tour", "build a page that shows what the library does, on a photograph", run)
     parser.add_argument("--out", default="demo", metavar="FOLDER", help="where index.html goes (demo by default)")
     parser.add_argument("--quick", action="store_true", help="smaller pictures and fewer rounds, in a few seconds")
+
+
+def _add_weights(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import weights
+
+        weights.run(options)
+
+    parser = _add(commands, "weights", "which model a checkpoint is of, in which layout, and whether it fits", run)
+    parser.add_argument("file", metavar="FILE", help="a .safetensors file, or a torch file of nothing but weights")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
 
 
 if __name__ == "__main__":

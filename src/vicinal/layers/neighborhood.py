@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from vicinal.layers.attention import crop_grid, pad_grid
+from vicinal.layers.words import padded
 from vicinal.ops.api import attention
 from vicinal.ops.na import neighborhood, on_each_axis
 
@@ -79,10 +81,10 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError(f"inputs must be [batch, {axes}, {self.embed_dim}], got {tuple(inputs.shape)}")
         grid = inputs.shape[1:-1]
         if self.pad_mode == "legacy":
-            inputs = self._pad(inputs)
+            inputs = pad_grid(inputs, padded(self.pattern, grid))
         qkv = self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.unbind(-3)
-        out = self._attend(query, key, value).flatten(-2)[(slice(None), *(slice(length) for length in grid))]
+        out = crop_grid(self._attend(query, key, value).flatten(-2), grid)
         result: torch.Tensor = self.proj_drop(self.proj(out))
         return result
 
@@ -92,17 +94,6 @@ class _NeighborhoodAttention(nn.Module):
             query, key, value, self.pattern, bias=self.rpb, scale=self.scale, backend=self.backend
         )
         return out
-
-    def _pad(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Zeros after each axis, up to kernel_size * dilation."""
-        sizes = zip(inputs.shape[1:-1], self.kernel_size, self.dilation, strict=True)
-        missing = [max(size * dilation - length, 0) for length, size, dilation in sizes]
-        if not any(missing):
-            return inputs
-        pads = [0, 0]
-        for amount in reversed(missing):
-            pads += [0, amount]
-        return nn.functional.pad(inputs, pads)
 
     def extra_repr(self) -> str:
         """What `print` shows of the module."""

@@ -21,6 +21,12 @@ _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor tables, Tensor? bias, Tensor? extra_key, Tensor? extra_value, "
     "Tensor? extra_lengths"
 )
+below_autocast = torch._C._DisableAutocast
+"""Around a kernel: torch's own compute in their own precisions under autocast, and so must ours, backward above all.
+
+Casting belongs to the call. Without this autocast would reach into the operations that a kernel is made of.
+"""
+
 library.define(f"attend({_TENSORS}, int[] layout, float scale, str backend) -> (Tensor, Tensor)")
 library.define(
     f"attend_backward(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}, int[] layout, "
@@ -39,7 +45,8 @@ def _inputs(tensors: Sequence[torch.Tensor | None], layout: Sequence[int], scale
 
 def _attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *tensors, layout, scale, name = arguments
-    return backend.find(name).forward(_inputs(tensors, layout, scale))
+    with below_autocast():
+        return backend.find(name).forward(_inputs(tensors, layout, scale))
 
 
 def attend_plain(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +67,8 @@ def _attend_backward(
 ) -> tuple[torch.Tensor, ...]:
     *tensors, layout, scale, name, needs = rest
     inputs = _inputs(tensors, layout, scale)
-    found = backend.find(name).backward(inputs, out, lse, grad_out, grad_lse, needs)
+    with below_autocast():
+        found = backend.find(name).backward(inputs, out, lse, grad_out, grad_lse, needs)
     return tuple(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in found)
 
 
@@ -123,7 +131,8 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
     elif torch.is_grad_enabled():  # create_graph: only plain torch operations can be differentiated again
         inputs = _inputs(tensors, ctx.layout, ctx.scale)
         again = backend.find(ctx.backend).differentiable
-        grads = gradients_through(again, inputs, grad_out, grad_lse, needs, create_graph=True)
+        with below_autocast():
+            grads = gradients_through(again, inputs, grad_out, grad_lse, needs, create_graph=True)
     else:
         packed = torch.ops.vicinal.attend_backward(
             grad_out, grad_lse, out, lse, *tensors, ctx.layout, ctx.scale, ctx.backend, needs

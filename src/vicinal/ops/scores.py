@@ -12,7 +12,7 @@ are ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any
 
@@ -183,11 +183,19 @@ def _cut_window(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(scores == -math.inf, 0.0, scores)
 
 
+def _below_autocast(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(*arguments: Any) -> torch.Tensor:
+        with operator.below_autocast():
+            return kernel(*arguments)
+
+    return run
+
+
 for _name, _run, _fake, _backward, _setup in (
     ("scores", bilinear.scores, _scores_fake, _differentiate_scores, _save_scores),
     ("apply", bilinear.apply, _apply_fake, _differentiate_apply, _save_apply),
     ("spread", bilinear.spread, _spread_fake, _differentiate_spread, _save_spread),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, _below_autocast(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"vicinal::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"vicinal::{_name}", _backward, setup_context=_setup, lib=_library)

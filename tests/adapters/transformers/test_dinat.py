@@ -165,6 +165,15 @@ def test_autocast_and_bfloat16_stay_near_float32(asks):
 
 
 @pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("rate", [0.0, 0.2], ids=["fused", "with dropout"])
+def test_a_training_step_may_lie_under_autocast_as_a_whole(rate):
+    model = with_biases(DinatForImageClassification(DinatConfig(**TINY, attention_probs_dropout_prob=rate))).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, model(torch.randn(2, 3, 40, 64), labels=torch.tensor([0, 1])).loss)
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in found.values())
+
+
+@pytest.mark.usefixtures("patched")
 def test_the_model_is_one_graph_for_a_compiler():
     model = with_biases(DinatModel(DinatConfig(**TINY)))
     images = torch.randn(1, 3, 64, 64)

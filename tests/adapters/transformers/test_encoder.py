@@ -77,7 +77,7 @@ def test_images_that_are_not_square_work_with_their_grid(name):
     dense = answer(model, images, **more)
     on(model, "ours", Full())
     torch.testing.assert_close(answer(model, images, grid=(5, 9), **more), dense, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"45 on the grid, but no grid was given, and they are no square; give grid="):
+    with pytest.raises(ValueError, match=r"45 on the grid, but no grid was given, and none can be guessed; give grid="):
         answer(model, images, **more)
     with pytest.raises(ValueError, match=r"but grid is \(6, 9\)"):
         answer(model, images, grid=(6, 9), **more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ class GridSource:
 
     def __init__(self, name: str, patch_size: Grid, fixed: Grid | None) -> None:
         self.name, self.patch_size, self.fixed = name, patch_size, fixed
-        self.current: Grid | None = None
+        self.current: dict[int, Grid] = {}  # by thread: one model may serve several at once
         self.seen: dict[int, Grid | None] = {}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -43,12 +44,12 @@ class GridSource:
             return  # the model itself says what is wrong
         grid = tuple(size // patch for size, patch in zip(video.shape[-3:], self.patch_size, strict=True))
         tokens = math.prod(grid)
-        self.current = grid
+        self.current[_thread()] = grid
         self.seen[tokens] = grid if self.seen.get(tokens, grid) == grid else None
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the model has run, or failed."""
-        self.current = None
+        self.current.pop(_thread(), None)
 
     def of(self, tokens: int) -> Grid:
         """The grid of a sequence of so many tokens.
@@ -56,7 +57,7 @@ class GridSource:
         Gradient checkpointing runs a layer again when the model's call is over, perhaps after others. Then the number
         of tokens says which grid it was, unless two grids had as many.
         """
-        grid = self.fixed or self.current or self.seen.get(tokens)
+        grid = self.fixed or self.current.get(_thread()) or self.seen.get(tokens)
         if grid is None:
             why = (
                 "two grids with as many tokens were seen" if tokens in self.seen else "the model itself was not called"
@@ -70,3 +71,8 @@ class GridSource:
                 "tokens (after patching), and the sequence whole (not shared out by context parallelism)"
             )
         return grid
+
+
+def _thread() -> int:
+    """Which thread this is; a compiler, which cannot ask, traces one call on its own."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -7,6 +7,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from email.message import Message
 from pathlib import Path
@@ -58,6 +59,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 _finder = _Finder()
+_lock = threading.RLock()
 
 
 def install(version: str | None = None) -> None:
@@ -73,6 +75,11 @@ def install(version: str | None = None) -> None:
     """
     if version is not None:
         release_of(version)
+    with _lock:
+        _install(version)
+
+
+def _install(version: str | None) -> None:
     if not _is_installed():
         loaded = sorted(name for name in _loaded() if sys.modules[name] is not None)
         if loaded:
@@ -103,6 +110,11 @@ def uninstall() -> None:
     >>> "natten" in sys.modules
     False
     """
+    with _lock:
+        _uninstall()
+
+
+def _uninstall() -> None:
     if not _is_installed():
         return
     sys.meta_path.remove(_finder)

@@ -10,20 +10,23 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from vicinal.adapters.transformers.host import HostChanged
 from vicinal.ops import apply_scores, attention, attention_scores
+from vicinal.ops.backend import check_name
 from vicinal.pattern import AnyPattern, Bounds, Near, bounds
 from vicinal.pattern.compose import check_pattern
+from vicinal.pattern.numbers import as_grid, as_integer
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import bidirectional_mask_function
 except ImportError as error:
+    if error.__cause__ is not None:  # the name is there, but what it needs cannot be imported
+        raise ImportError(f"transformers cannot be imported here: {error.__cause__}", name="transformers") from error
     raise HostChanged(f"register_attention() does not fit this transformers: {error}") from error
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -37,6 +40,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 PREFIX_TOKENS = {"deit": 2, "siglip_vision_model": 0, "ijepa": 0}
 """How many tokens stand before the grid, by `model_type`; elsewhere a class token and the configured registers."""
+
+WITHOUT_GRID = {"vit_mae": "its patches are shuffled, most are left out, and what is left stands on no grid"}
+"""Models whose tokens might pass for a grid in their number only, by `model_type`."""
 
 RESERVED = ("eager", "sdpa", "flash", "flex", "/", "|", ":")
 """What transformers reads a meaning into when it stands in the name of an attention."""
@@ -56,8 +62,9 @@ def register_attention(
     """Register attention by a pattern under a name that transformers' models take as `attn_implementation`.
 
     The grid is the one given with the model's call (`model(images, grid=(14, 21))`), else the one given here, else
-    the configuration's `image_size / patch_size` where that has as many cells as there are tokens, else a square.
-    So images that are not square need one of the first two. A list or a function of patterns, one per layer, needs
+    the configuration's `image_size / patch_size` where that has as many cells as there are tokens, else a square
+    where the configuration has these two and no `tubelet_size`. So images that are not square need one of the first
+    two, as do videos. A list or a function of patterns, one per layer, needs
     models whose attention modules know their `layer_idx`; `number_layers(model)` tells them.
 
     `num_prefix_tokens` is known for the encoders named in the documentation, and else 1 (the class token) and the
@@ -81,10 +88,14 @@ def register_attention(
         raise ValueError(f"name must not be one that transformers or somebody else has registered, got {name!r}")
     if isinstance(pattern, list) and not pattern:
         raise ValueError("pattern must be a pattern, a function, or a list of at least one pattern, got []")
-    if num_prefix_tokens is not None and num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens must be 0 or more, got {num_prefix_tokens}")
-    sizes = None if grid is None else _as_grid(grid)
-    for one in pattern if isinstance(pattern, list) else [] if callable(pattern) else [pattern]:
+    if num_prefix_tokens is not None:
+        num_prefix_tokens = as_integer("register_attention", "num_prefix_tokens", num_prefix_tokens, 0)
+    check_name(backend)
+    sizes = None if grid is None else as_grid("register_attention", "grid", grid)
+    given: list[Any] = pattern if isinstance(pattern, list) else [pattern]
+    for one in given:
+        if one is pattern and callable(one) and not isinstance(one, type):  # a class of axis kinds is no function
+            continue
         if isinstance(one, Bounds) or sizes is not None:
             bounds(one, sizes)
         else:
@@ -181,22 +192,25 @@ class _GridAttention:
 
     def _places(self, config: Any, tokens: int, given: Sequence[int] | None) -> tuple[int, tuple[int, ...]]:
         """How many prefix tokens there are, and the grid of the others."""
+        reason = WITHOUT_GRID.get(getattr(config, "model_type", ""))
+        if reason is not None:
+            raise ValueError(f"attn_implementation={self.name!r} does not suit {config.model_type}: {reason}")
         prefix = self.num_prefix_tokens
         if prefix is None:
             registers = getattr(config, "num_register_tokens", None) or 0
             prefix = PREFIX_TOKENS.get(getattr(config, "model_type", ""), 1 + registers)
         cells = tokens - prefix
-        wanted = self.grid if given is None else _as_grid(given)
+        wanted = self.grid if given is None else as_grid(f"attn_implementation={self.name!r}", "grid", given)
         if wanted is None:
             configured = _configured_grid(config)
             side = math.isqrt(max(cells, 0))
             if configured is not None and math.prod(configured) == cells:
                 return prefix, configured
-            if cells > 0 and side * side == cells:
+            if configured is not None and side * side == cells > 0:
                 return prefix, (side, side)
         elif math.prod(wanted) == cells:
             return prefix, wanted
-        what = "no grid was given, and they are no square" if wanted is None else f"grid is {wanted}"
+        what = "no grid was given, and none can be guessed" if wanted is None else f"grid is {wanted}"
         raise ValueError(
             f"attn_implementation={self.name!r}: {tokens} tokens are {prefix} prefix tokens and {cells} on the grid, "
             f"but {what}; give grid=(rows, columns) with the model's call or (where the model does not hand it on) "
@@ -307,17 +321,9 @@ def _are_weights_wanted(config: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _configured_grid(config: Any) -> tuple[int, ...] | None:
-    """Rows and columns of patches by the configuration, None where it does not say."""
+    """Rows and columns of patches by the configuration, None where it does not say or means videos."""
     sizes, patches = (getattr(config, name, None) for name in ("image_size", "patch_size"))
-    if sizes is None or patches is None:
+    if sizes is None or patches is None or getattr(config, "tubelet_size", None) is not None:
         return None
     sizes, patches = ((size, size) if isinstance(size, int) else tuple(size) for size in (sizes, patches))
     return tuple(size // patch for size, patch in zip(sizes, patches, strict=True))
-
-
-def _as_grid(grid: Sequence[int]) -> tuple[int, ...]:
-    """The grid as whole numbers."""
-    sizes = tuple(index(size) for size in grid)
-    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
-        raise ValueError(f"grid must have one to three sizes, each at least 1, got {tuple(grid)}")
-    return sizes

@@ -123,6 +123,8 @@ def natten(task: Task) -> list[Prepared]:
     if len(kinds) != len(problem.grid) or any(kind.border != "shift" for kind in kinds):
         raise NotRun("neighborhoods with a shifted border only")
     package = _import("natten", "natten")
+    if package.__spec__.origin == "vicinal.adapters.natten":
+        raise NotRun("what is imported as natten is Vicinal's own adapter: uninstall it to measure NATTEN")
     if task.backward and task.device.type == "cpu":
         raise NotRun("current NATTEN has no backward on CPU")
     if problem.tokens > 4096 and task.device.type == "cpu":

@@ -1,0 +1,177 @@
+"""Attention over a pattern as a token mixer: projections, position bias, norms of queries and keys, rotation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from vicinal.layers.rotary import Rotary
+from vicinal.layers.tags import POSITION_BIAS, tag
+from vicinal.layers.words import AnyPattern, at, padded, table_shapes, window_area
+from vicinal.ops.api import attention
+from vicinal.pattern.compose import Heads, Pattern, pattern_parts, split_heads
+from vicinal.pattern.counting import count
+
+PadMode = Literal["none", "legacy"]
+
+_LONG = 1 << 16
+
+
+class PatternAttention(nn.Module):
+    """Multi-head attention over `[batch, *grid, dim]` by any pattern, on a grid of any rank.
+
+    >>> mixer = PatternAttention(64, num_heads=2, pattern=Near(7, dilation=2), rel_pos_bias=True)
+    >>> mixer(torch.randn(1, 14, 20, 64)).shape
+    torch.Size([1, 14, 20, 64])
+
+    Args:
+        dim: channels in.
+        num_heads: heads; they divide `out_dim`.
+        pattern: a pattern, or a word such as `near(7, dilation="max")`.
+        rank: axes of the grid; it matters only to the shape of the bias.
+        rel_pos_bias: a table `rpb` `[heads, 2k-1, ...]`; a `ParameterList` of them where heads differ in pattern.
+        table_grid: the grid the table is made for, where the pattern has a `Full` axis; smaller grids use a part.
+        qk_norm: makes the norm of queries and of keys from head_dim, for example `nn.RMSNorm`.
+        rotary: rotate queries and keys by their coordinates.
+        value_mixer: a module whose output on the values, `[batch, *grid, out_dim]`, is added to the attention's.
+        out_dim: channels out, where they differ (a mixer that fills a part of the channels).
+        pad_mode: `"legacy"` appends zeros to the input as the published code does (up to whole windows, up to
+            kernel_size * dilation); they become tokens like any other and are cut off at the end.
+    """
+
+    def __init__(  # noqa: PLR0913 - every option is a keyword, and each stands alone
+        self,
+        dim: int,
+        num_heads: int,
+        pattern: AnyPattern,
+        *,
+        rank: int = 2,
+        rel_pos_bias: bool = False,
+        table_grid: Sequence[int] | None = None,
+        qkv_bias: bool = True,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        rotary: bool = False,
+        value_mixer: nn.Module | None = None,
+        out_dim: int | None = None,
+        pad_mode: PadMode = "none",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        out_dim = dim if out_dim is None else out_dim
+        if num_heads < 1 or out_dim % num_heads:
+            raise ValueError(f"num_heads must divide {out_dim} channels, got {num_heads}")
+        if pad_mode not in ("none", "legacy"):
+            raise ValueError(f'pad_mode must be "none" or "legacy", got {pad_mode!r}')
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, out_dim // num_heads
+        self.pattern, self.pad_mode, self.backend = pattern, pad_mode, backend
+        self.qkv = nn.Linear(dim, 3 * out_dim, bias=qkv_bias)
+        self.norm_q = None if qk_norm is None else qk_norm(self.head_dim)
+        self.norm_k = None if qk_norm is None else qk_norm(self.head_dim)
+        self.rotary = Rotary(self.head_dim, rank) if rotary else None
+        self.value_mixer = value_mixer
+        self.proj = nn.Linear(out_dim, out_dim)
+        self.rpb: nn.Parameter | nn.ParameterList | None = None
+        if rel_pos_bias:
+            self.rpb = self._tables(rank, table_grid)
+
+    def _tables(self, rank: int, table_grid: Sequence[int] | None) -> nn.Parameter | nn.ParameterList:
+        # on a grid that long no window is cut, and a table that is made for the grid stands out
+        grid = (_LONG,) * rank if table_grid is None else tuple(table_grid)
+        pattern = at(self.pattern, grid)
+        groups, sizes = pattern_parts(pattern, rank)
+        sizes = split_heads(self.num_heads, len(groups), sizes)
+        shapes = table_shapes(self.pattern, grid)
+        if any(size > _LONG for shape in shapes for size in shape):
+            raise ValueError(f"the position bias of {self.pattern!r} depends on the grid: give table_grid")
+        tables = [torch.empty(heads, *shape) for heads, shape in zip(sizes, shapes, strict=True)]
+        for table in tables:
+            nn.init.trunc_normal_(table, std=0.02)
+        if not isinstance(pattern, Heads):
+            tag(self, rpb=POSITION_BIAS)
+            return nn.Parameter(tables[0])
+        several = nn.ParameterList(tables)
+        tag(several, **{str(index): POSITION_BIAS for index in range(len(tables))})
+        return several
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`."""
+        grid = tuple(inputs.shape[1:-1])
+        pattern = at(self.pattern, grid)
+        if self.pad_mode == "legacy":
+            inputs = pad_grid(inputs, padded(pattern, grid))
+        query, key, value = self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        if self.norm_q is not None and self.norm_k is not None:
+            query, key = self.norm_q(query), self.norm_k(key)
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
+        bias = self._bias(pattern, tuple(inputs.shape[1:-1]))
+        out = attention(query, key, value, pattern, bias=bias, backend=self.backend).flatten(-2)
+        if self.value_mixer is not None:
+            out = out + self.value_mixer(value.flatten(-2))
+        out = crop_grid(out, grid)
+        result: torch.Tensor = self.proj(out)
+        return result
+
+    def _bias(self, pattern: Pattern, grid: tuple[int, ...]) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        if self.rpb is None:
+            return None
+        shapes = table_shapes(pattern, grid)
+        tables = [self.rpb] if isinstance(self.rpb, nn.Parameter) else list(self.rpb)
+        fitting = tuple(_part(table, shape) for table, shape in zip(tables, shapes, strict=True))
+        return fitting[0] if isinstance(self.rpb, nn.Parameter) else fitting
+
+    def own_multiply_adds(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """Multiply-adds of the attention itself on one sample: nominal (whole windows) and exact (keys seen)."""
+        pattern = at(self.pattern, grid)
+        grid = padded(pattern, grid) if self.pad_mode == "legacy" else grid
+        nominal = math.prod(grid) * window_area(pattern, grid) * 2 * self.num_heads * self.head_dim
+        return round(nominal), count(pattern, grid, heads=self.num_heads) * 2 * self.head_dim
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the module."""
+        return f"dim={self.dim}, num_heads={self.num_heads}, pattern={self.pattern}, pad_mode={self.pad_mode!r}"
+
+
+def _part(table: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The middle of a bias table, where a shorter axis has fewer distances than it was made for."""
+    own = tuple(table.shape[1:])
+    if own == shape:
+        return table
+    if any(has < needs for has, needs in zip(own, shape, strict=True)):
+        grid, made_for = (tuple((size + 1) // 2 for size in sizes) for sizes in (shape, own))
+        raise ValueError(
+            f"the position bias is made for grids of up to {made_for}, got {grid}; "
+            "make it for larger ones (table_grid of a mixer, image_size of a model)"
+        )
+    cuts = [slice((has - needs) // 2, (has + needs) // 2) for has, needs in zip(own, shape, strict=True)]
+    return table[(slice(None), *cuts)]
+
+
+def pad_grid(inputs: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """Zeros after each axis of `[batch, *grid, channels]`, up to a larger grid.
+
+    >>> pad_grid(torch.ones(1, 5, 6, 2), (7, 6)).shape
+    torch.Size([1, 7, 6, 2])
+    """
+    missing = [length - have for length, have in zip(grid, inputs.shape[1:-1], strict=True)]
+    if not any(missing):
+        return inputs
+    pads = [0, 0]
+    for amount in reversed(missing):
+        pads += [0, amount]
+    return nn.functional.pad(inputs, pads)
+
+
+def crop_grid(inputs: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """The first part of each axis of `[batch, *grid, channels]`, down to a smaller grid.
+
+    >>> crop_grid(torch.ones(1, 7, 6, 2), (5, 6)).shape
+    torch.Size([1, 5, 6, 2])
+    """
+    if tuple(inputs.shape[1:-1]) == tuple(grid):
+        return inputs
+    return inputs[(slice(None), *(slice(length) for length in grid))]

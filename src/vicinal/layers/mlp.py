@@ -1,0 +1,38 @@
+"""The channel mixer: two linear layers, with a depthwise convolution between them where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class Mlp(nn.Module):
+    """`dim -> hidden_dim -> dim` on the last axis; `between` sees the hidden grid before the activation.
+
+    >>> Mlp(8, 32)(torch.randn(1, 5, 6, 8)).shape
+    torch.Size([1, 5, 6, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        act: Callable[[], nn.Module] = nn.GELU,
+        between: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.between = between
+        self.act = act()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same shape."""
+        hidden = self.fc1(inputs)
+        if self.between is not None:
+            hidden = self.between(hidden)
+        result: torch.Tensor = self.fc2(self.act(hidden))
+        return result

@@ -1,0 +1,59 @@
+"""Norms over `[batch, *grid, channels]` that torch has for channels-first only, and norms with a condition."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vicinal.layers.channels import channels_first, channels_last
+
+
+class GridGroupNorm(nn.GroupNorm):
+    """One mean and variance per sample over the whole grid and all channels (PoolFormer's norm).
+
+    >>> GridGroupNorm(8)(torch.randn(2, 5, 6, 8)).shape
+    torch.Size([2, 5, 6, 8])
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__(1, dim, eps=eps)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same shape."""
+        return channels_last(super().forward(channels_first(inputs)))
+
+
+class GridBatchNorm(nn.BatchNorm2d):
+    """Batch norm with the channels last.
+
+    >>> GridBatchNorm(8)(torch.randn(2, 5, 6, 8)).shape
+    torch.Size([2, 5, 6, 8])
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same shape."""
+        return channels_last(super().forward(channels_first(inputs)))
+
+
+class Modulated(nn.Module):
+    """A norm whose output a condition scales and shifts: `norm(x) * (offset + gain) + shift`.
+
+    `offset` 1 is FiLM and adaLN, 0 is StyleNAT's AdaIN. The condition is `[batch, condition_dim]`.
+
+    >>> norm = Modulated(torch.nn.LayerNorm(8, elementwise_affine=False), 8, condition_dim=4)
+    >>> norm(torch.randn(2, 5, 6, 8), torch.randn(2, 4)).shape
+    torch.Size([2, 5, 6, 8])
+    """
+
+    def __init__(self, norm: nn.Module, dim: int, condition_dim: int, *, offset: float = 1.0) -> None:
+        super().__init__()
+        self.norm = norm
+        self.affine = nn.Linear(condition_dim, 2 * dim)
+        self.offset = offset
+
+    def forward(self, inputs: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """The same shape as `inputs`."""
+        shape = (inputs.shape[0], *(1,) * (inputs.dim() - 2), inputs.shape[-1])
+        gain, shift = (part.reshape(shape) for part in self.affine(condition).chunk(2, -1))
+        result: torch.Tensor = self.norm(inputs) * (self.offset + gain) + shift
+        return result
