@@ -3,7 +3,7 @@
 //
 //     replay FILE [ISA [STRATEGY]]
 //
-// The numbers are those of vicinal.h and replace what was recorded.
+// The numbers are those of vicinal.h and replace what was recorded; nothing is run where the machine lacks the set.
 //
 // The file holds calls, each of them: 0 or 1 (backward), the record, the number of buffers, and for each buffer the
 // word of the record that points to it, its bytes, whether it is an output, and its contents.
@@ -35,6 +35,8 @@ unsigned sum(const unsigned char* bytes, int64_t count) {
 int main(int argc, char** argv) {
     FILE* file = argc >= 2 && argc <= 4 ? std::fopen(argv[1], "rb") : nullptr;
     if (!file) return std::fprintf(stderr, "usage: replay FILE [ISA [STRATEGY]]\n"), 2;
+    if (argc > 2 && std::atoi(argv[2]) > vicinal_best_isa())
+        return std::printf("not run: this machine lacks instruction set %s\n", argv[2]), 0;
     int calls = 0;
     for (int64_t is_backward; (is_backward = read_number(file)) >= 0; ++calls) {
         vicinal_call call;

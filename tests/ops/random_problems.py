@@ -58,7 +58,9 @@ def _grid(rng: Random, rank: int) -> tuple[int, ...]:
 
 def _dim(rng: Random) -> int:
     """Mostly of a few vectors and a rest; sometimes more than is taken at once."""
-    return rng.choice((rng.randint(1, 9), rng.randint(1, 40), 8, 16, 32)) if rng.random() < 0.95 else rng.randint(120, 300)
+    return (
+        rng.choice((rng.randint(1, 9), rng.randint(1, 40), 8, 16, 32)) if rng.random() < 0.95 else rng.randint(120, 300)
+    )
 
 
 def _divisor(rng: Random, length: int) -> int:
@@ -133,7 +135,9 @@ def _cut(rng: Random, table: Any) -> Any:
                 case 0:
                     table = table.slice(axis, start, rng.randint(start + 1, table.grid[axis]))
                 case 1:
-                    table = table.shift(axis, rng.randint(-2, table.key_grid[axis]), rng.randint(1, table.key_grid[axis]))
+                    table = table.shift(
+                        axis, rng.randint(-2, table.key_grid[axis]), rng.randint(1, table.key_grid[axis])
+                    )
                 case _:
                     table = table.transpose()
         except ValueError:

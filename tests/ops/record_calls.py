@@ -2,7 +2,8 @@
 
     python -m tests.ops.record_calls FILE [EVERY]
 
-takes every EVERY-th problem, in float32 and in a type of two bytes. What is read is written down with its exact extent in memory.
+takes every EVERY-th problem, in float32 and in a type of two bytes. What is read is written down with its exact extent
+in memory.
 """
 
 from __future__ import annotations

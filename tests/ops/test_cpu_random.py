@@ -1,4 +1,4 @@
-"""Ten thousand random problems for the compiled CPU kernels, in every memory layout, with everything unseen being NaN."""
+"""Ten thousand random problems for the compiled CPU kernels, in every memory layout; all that nobody sees is NaN."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vicinal.ops.cpu import library
 from vicinal.pattern import Heads, Union
 
 from ..conftest import has_compiler
+from .conftest import Forced
 from .layouts import LAYOUTS
 from .oracle import head_masks
 from .problems import Problem, Tensors
@@ -58,7 +59,7 @@ def complaints(problem: Problem, dtype: torch.dtype, lay: Callable[[torch.Tensor
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 100))])
-def test_hundred_random_problems_agree_with_the_oracle(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hundred_random_problems_agree_with_the_oracle(seed: int, forced: Forced) -> None:
     rng, failures = Random(seed), []
     used: collections.Counter[str] = collections.Counter()
     poison = ctypes.CDLL(str(library.path())).vicinal_poison_workspace
@@ -66,14 +67,10 @@ def test_hundred_random_problems_agree_with_the_oracle(seed: int, monkeypatch: p
     for number in range(100):
         problem, dtype, lay = random_problem(rng), rng.choice(DTYPES), rng.choice(LAYOUTS)
         strategy, isa = chosen_strategy(rng, problem, dtype), rng.choice(ISAS)
-        monkeypatch.setenv("VICINAL_CPU_STRATEGY", strategy)
-        monkeypatch.setenv("VICINAL_CPU_ISA", isa)
-        library.load.cache_clear()
+        forced(strategy, isa)
         poison()
         wrong = complaints(problem, dtype, lay)
         failures += [f"{number}: {problem!r}, {dtype}, {lay.__name__}, {strategy}, {isa}", *wrong] if wrong else []
         used.update((strategy, isa, type(problem.pattern).__name__))
-    monkeypatch.undo()
-    library.load.cache_clear()
     assert not failures, "\n".join(failures)
     assert {"tiles", "simple", *ISAS, "tuple", Union.__name__, Heads.__name__, "Bounds"} <= set(used)
