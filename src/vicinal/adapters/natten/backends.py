@@ -17,8 +17,8 @@ def choose_backend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     """The name of the back end that a fused function takes, which it also accepts as `backend`.
 
     >>> query = torch.empty(1, 8, 8, 2, 16)
-    >>> choose_backend(query, query, query)
-    'tiled'
+    >>> choose_backend(query, query, query) in ("cpu", "tiled")
+    True
     """
     del torch_compile
     return explain(query, key, value, Near(2)).backend
