@@ -37,19 +37,26 @@ test: .venv/.with-test .venv/.with-natten .venv/.library  ## the tests, in paral
 test-slow: .venv/.with-test .venv/.library  ## the slow tests only
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -m "slow and not gpu" $(ARGS)
 
-# A second build of the kernels, in which every wrong access and every undefined operation ends the program.
+# A second build of the kernels, in which every wrong access and every undefined operation ends the program. A recording
+# of the tests' calls is run again by a small program, which is much quicker than all of Python under such tools.
 SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := build/sanitized/vicinal/_cpu.so
-sanitize: .venv/.with-test $(SANITIZED)  ## the CPU kernels' tests under AddressSanitizer, UBSan and valgrind (Linux, gcc)
+# for $(call replay,LIBRARY,FLAGS)
+replay = $(CXX) -O1 -std=c++17 $(2) -Icsrc csrc/tests/replay.cpp $(1) -Wl,-rpath,"$(CURDIR)/$(dir $(1))" -o build/replay
+sanitize: .venv/.with-test .venv/.library $(SANITIZED)  ## the CPU kernels under AddressSanitizer, UBSan and valgrind (Linux, gcc)
+	$(BIN)/python -m tests.ops.record_calls build/calls.bin
+	$(call replay,$(SANITIZED),$(SANITIZERS))
+	for isa in 1 2 3 4; do for strategy in 1 2; do build/replay build/calls.bin $$isa $$strategy || exit 1; done; done
 	OMP_NUM_THREADS=1 LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
 		ASAN_OPTIONS=detect_leaks=0 VICINAL_CPU_LIBRARY=$(abspath $(SANITIZED)) \
-		$(BIN)/python -m pytest tests/ops/test_cpu.py tests/ops/test_cpu_fuzz.py $(ARGS)
+		$(BIN)/python -m pytest tests/ops/test_cpu.py tests/ops/test_cpu_random.py tests/ops/test_cpu_fuzz.py $(ARGS)
 	$(MAKE) valgrind
 
+# Every third problem: it is some fifty times slower. It knows nothing beyond AVX2.
 valgrind: .venv/.with-test .venv/.library  ## the CPU kernels under valgrind, on the tests' problems
-	$(BIN)/python -m tests.ops.record_calls build/calls.bin
-	$(CXX) -g -O1 -std=c++17 -Icsrc csrc/tests/replay.cpp src/vicinal/_cpu.so -Wl,-rpath,"$(CURDIR)/src/vicinal" -o build/replay
-	valgrind --quiet --error-exitcode=9 build/replay build/calls.bin
+	$(BIN)/python -m tests.ops.record_calls build/calls.bin 3
+	$(call replay,src/vicinal/_cpu.so,-g)
+	for isa in 1 2; do valgrind --quiet --error-exitcode=9 build/replay build/calls.bin $$isa 2 || exit 1; done
 
 $(SANITIZED): $(LIBRARY) | .venv/.with-test
 	@$(PIP) install "setuptools>=77"

@@ -24,11 +24,12 @@ SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
-# Infinities and NaN keep their meaning: -inf is a log-sum-exp, NaN must come through.
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 IS_FOR_DEBUGGING = "-g" in os.environ.get("CXXFLAGS", "").split()
-if not IS_FOR_DEBUGGING:
-    COMMON.append("-g0")  # Python's own flags ask for what would be most of the library
+# More than -O1 takes sanitizers minutes, and says less about where something went wrong. Python's own flags ask for
+# debugging information, which would be most of the library.
+OPTIMIZATION = ["-O1"] if IS_FOR_DEBUGGING else ["-O3", "-g0"]
+# Infinities and NaN keep their meaning: -inf is a log-sum-exp, NaN must come through.
+COMMON = ["-std=c++17", *OPTIMIZATION, "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 COMMON_MSVC = ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -67,8 +67,18 @@ VICINAL_INLINE void products_of_pass(const Pass& pass, const float* targets, int
         products<S, T, 1>(pass, v, targets, dim, transposed, width, group_size, partial, finish);
 }
 
+// Products of a pass, added to those before if there are any, and kept in `scores`. A function of its own: what calls it
+// would be as long again for each place it is called from.
+template <class S, int T>
+VICINAL_APART void keep_products(const Pass& pass, const float* targets, int64_t dim, const float* transposed, int64_t width,
+                                 int64_t group_size, const float* partial, float* scores) {
+    auto keep = [&](int v, int t, typename S::F sum) VICINAL_LAMBDA { S::store(scores + (v * T + t) * S::LANES, sum); };
+    products_of_pass<S, T>(pass, targets, dim, transposed, width, group_size, partial, keep);
+}
+
 // Dot products of all targets and vectors, over `dim` units. `targets` holds [block of DIM_BLOCK units][MOST_TARGETS]
-// [DIM_BLOCK]; with several blocks the sums so far wait in `scores`.
+// [DIM_BLOCK]; with several blocks the sums so far wait in `scores`. Wide vectors are finished in registers; for narrow
+// ones, where a pass is many more instructions, that would take minutes to compile.
 template <class S, int T, class Finish>
 VICINAL_INLINE void dot(const Pass& pass, const float* targets, int64_t dim, const float* transposed, int64_t width,
                         float* scores, Finish& finish) {
@@ -76,14 +86,21 @@ VICINAL_INLINE void dot(const Pass& pass, const float* targets, int64_t dim, con
     const int64_t group_size = dim * width;
     const float* partial = nullptr;
     while (dim > DIM_BLOCK) {
-        auto keep = [&](int v, int t, typename S::F sum) VICINAL_LAMBDA { S::store(scores + (v * T + t) * W, sum); };
-        products_of_pass<S, T>(pass, targets, DIM_BLOCK, transposed, width, group_size, partial, keep);
+        keep_products<S, T>(pass, targets, DIM_BLOCK, transposed, width, group_size, partial, scores);
         partial = scores;
         targets += MOST_TARGETS * DIM_BLOCK;
         transposed += DIM_BLOCK * width;
         dim -= DIM_BLOCK;
     }
-    products_of_pass<S, T>(pass, targets, dim, transposed, width, group_size, partial, finish);
+    if constexpr (W == 16) {
+        products_of_pass<S, T>(pass, targets, dim, transposed, width, group_size, partial, finish);
+    } else {
+        keep_products<S, T>(pass, targets, dim, transposed, width, group_size, partial, scores);
+        for (int v = 0; v < pass.count; ++v) {
+            VICINAL_UNROLL
+            for (int t = 0; t < T; ++t) finish(v, t, S::load(scores + (v * T + t) * W));
+        }
+    }
 }
 
 // sums[t] = factor[t] * sums[t] + weights of a pass times rows of the panel, D vectors of channels at a time;
@@ -93,7 +110,7 @@ VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const f
                                  int64_t padded, const float* factor, float* const* sums, int64_t channel) {
     constexpr int W = S::LANES;
     constexpr int UNITS = W / S::PAIR;  // of a vector of sources
-    constexpr uint32_t ALL = S::PAIR == 2 ? 0x55555555u & ((1u << W) - 1u) : (1u << W) - 1u;
+    constexpr uint32_t ALL = (1u << W) - 1u, UNIT = (1u << S::PAIR) - 1u;
     using F = typename S::F;
     F sum[T][D];
     VICINAL_UNROLL
@@ -106,7 +123,6 @@ VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const f
         const float* row = rows + (pass.group[v] * width + pass.at[v]) / S::PAIR * padded + channel;
         const float* weight = weights + v * T * UNITS;
         uint32_t lanes = pass.any[v];
-        if (S::PAIR == 2) lanes = (lanes | lanes >> 1) & 0x55555555u;
         if (lanes == ALL) {
 #pragma GCC unroll 4
             for (int lane = 0; lane < UNITS; ++lane) {
@@ -123,10 +139,16 @@ VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const f
             continue;
         }
         for (int lane = 0; lanes; ++lane, lanes >>= S::PAIR) {
-            if (!(lanes & 1u)) continue;
+            if (!(lanes & UNIT)) continue;
             F source[D];
             VICINAL_UNROLL
             for (int d = 0; d < D; ++d) source[d] = S::load(row + lane * padded + d * W);
+            if constexpr (S::PAIR == 2) {
+                if ((lanes & UNIT) != UNIT) {  // the other of the pair may be anything, NaN too
+                    VICINAL_UNROLL
+                    for (int d = 0; d < D; ++d) source[d] = S::one_of_pair(source[d], lanes & 1u);
+                }
+            }
             VICINAL_UNROLL
             for (int t = 0; t < T; ++t) {
                 const F by = S::all(weight[t * UNITS + lane]);
@@ -143,8 +165,8 @@ VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const f
 }
 
 template <class S, int T>
-VICINAL_INLINE void mix(const Pass& pass, const float* weights, const float* rows, int64_t width, int64_t padded,
-                        const float* factor, float* const* sums) {
+VICINAL_APART void mix(const Pass& pass, const float* weights, const float* rows, int64_t width, int64_t padded,
+                       const float* factor, float* const* sums) {
     constexpr int W = S::LANES;
     constexpr int MOST = S::LANES == 16 ? (T <= 4 ? 4 : T <= 6 ? 4 : 3) : (T <= 2 ? 4 : T <= 5 ? 2 : 1);
     int64_t channel = 0;

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t MOST_BYTES = int64_t(1) << 47;  // what a process can address; keeps sums of offsets from overflowing
 constexpr int64_t MOST_MEMBERS = 4096;
+constexpr int64_t MOST_CHANNELS = int64_t(1) << 24;  // an input of stride 0 could have any number
 constexpr int HEADER = 4;
 
 [[noreturn]] void refuse(const std::string& sentence) { throw BadArgument(sentence); }
@@ -41,9 +42,9 @@ void check_sizes(const vicinal_call& call) {
     check_range("kv_heads", call.kv_heads, 1, call.heads);
     if (call.heads % call.kv_heads)
         refuse("kv_heads must divide heads, got " + of(call.kv_heads) + " and " + of(call.heads));
-    check_range("head_dim", call.head_dim, 0, MOST_BYTES);
-    check_range("value_dim", call.value_dim, 0, MOST_BYTES);
-    check_range("extra_tokens", call.extra_tokens, 0, MOST_BYTES);
+    check_range("head_dim", call.head_dim, 1, MOST_CHANNELS);
+    check_range("value_dim", call.value_dim, 0, MOST_CHANNELS);
+    check_range("extra_tokens", call.extra_tokens, 0, INT32_MAX);
     for (int64_t axis = 0; axis < call.rank; ++axis) {
         check_range("grid", call.grid[axis], 1, INT32_MAX);
         check_range("key_grid", call.key_grid[axis], 1, INT32_MAX);

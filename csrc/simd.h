@@ -2,8 +2,9 @@
 //
 // Every set is a struct with the same members: LANES, the vector type F, and functions on it. Masks are plain bits, the
 // lowest for lane 0. Dot products run over units of 32 bits: PAIR numbers each, one float32 or two bfloat16, which
-// `multiply` multiplies and sums up. A unit travels as a float whatever its bits mean. These headers are compiled once per instruction set with its own flags, so everything here is
-// in an unnamed namespace or a template over the set: nothing may be shared with code built for another machine.
+// `multiply` multiplies and sums up. A unit travels as a float whatever its bits mean. These headers are compiled once
+// per instruction set with its own flags, so everything here is in an unnamed namespace or a template over the set:
+// nothing may be shared with code built for another machine.
 
 #ifndef VICINAL_SIMD_H
 #define VICINAL_SIMD_H
@@ -12,6 +13,11 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__GNUC__) && !defined(__clang__)
+// for what gcc 12's own intrinsics leave undefined on purpose (its bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -30,10 +36,12 @@
 
 #if defined(_MSC_VER)
 #define VICINAL_INLINE __forceinline
+#define VICINAL_APART __declspec(noinline)
 #define VICINAL_LAMBDA
 #define VICINAL_UNROLL
 #else
 #define VICINAL_INLINE inline __attribute__((always_inline))
+#define VICINAL_APART __attribute__((noinline))
 #define VICINAL_LAMBDA __attribute__((always_inline))
 #define VICINAL_UNROLL _Pragma("GCC unroll 16")
 #endif
@@ -129,9 +137,15 @@ struct Base {
     static VICINAL_INLINE F round(F a) { return sub(add(a, all(12582912.0f)), all(12582912.0f)); }
     // 2^rounded * value for rounded in [-127, 127]: -127 gives 0
     static VICINAL_INLINE F scale(F value, F rounded) {
+        // in whole numbers of a float the exponent is what was added to 2^23 + 2^22
+        const F biased = add(rounded, all(12582912.0f + 127.0f));
         F power;
-        for (int i = 0; i < LANES; ++i)
-            power[i] = float_of_bits(static_cast<uint32_t>(static_cast<int32_t>(rounded[i]) + 127) << 23);
+#if defined(__GNUC__)
+        typedef uint32_t Bits __attribute__((vector_size(16)));
+        power = reinterpret_cast<F>(reinterpret_cast<Bits>(biased) << 23);
+#else
+        for (int i = 0; i < LANES; ++i) power[i] = float_of_bits(bits_of_float(biased[i]) << 23);
+#endif
         return mul(value, power);
     }
     static VICINAL_INLINE F widen_bfloat16(const uint16_t* from) {
@@ -290,6 +304,11 @@ struct Avx512Bf16 : Avx512 {
     static VICINAL_INLINE void store_pairs(float* to, F value) {
         const __m256bh narrow = _mm512_cvtneps_pbh(value);
         std::memcpy(to, &narrow, sizeof narrow);
+    }
+    // units of which one number stays and the other becomes 0
+    static VICINAL_INLINE F one_of_pair(F a, bool low) {
+        const __m512i kept = _mm512_set1_epi32(low ? 0xffff : static_cast<int>(0xffff0000u));
+        return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), kept));
     }
     // units of one number from each of two rows
     static VICINAL_INLINE F interleave(const uint16_t* low, const uint16_t* high) {

@@ -54,6 +54,9 @@ struct Workspace {
 };
 
 thread_local Workspace held;
+thread_local bool is_poisoned = false;
+
+constexpr int POISON = 0xff;  // a NaN in every type
 
 }  // namespace
 
@@ -88,6 +91,7 @@ void* workspace(int slot, size_t bytes) {
         held.bytes[slot] = 0;
         held.memory[slot] = allocate(bytes);
         held.bytes[slot] = bytes;
+        if (is_poisoned) std::memset(held.memory[slot], POISON, bytes);
         std::memset(held.memory[slot], 0, ALIGNMENT);  // where users note what the rest holds
     }
     return held.memory[slot];
@@ -97,6 +101,12 @@ size_t workspace_bytes() {
     size_t total = 0;
     for (size_t bytes : held.bytes) total += bytes;
     return total;
+}
+
+void poison_workspace() {
+    is_poisoned = true;
+    for (int slot = 0; slot < SLOTS; ++slot)
+        if (held.bytes[slot]) std::memset(held.memory[slot], POISON, held.bytes[slot]);
 }
 
 }  // namespace vicinal

@@ -20,6 +20,9 @@ void parallel_for(int64_t count, int64_t threads, const std::function<void(int64
 void* workspace(int slot, size_t bytes);
 size_t workspace_bytes();
 
+// Fills the calling thread's workspace with NaN, now and whenever it grows: for tests.
+void poison_workspace();
+
 }  // namespace vicinal
 
 #endif

@@ -42,7 +42,7 @@ std::vector<int64_t> fingerprint(const std::vector<Member>& members, const Group
         for (const AxisTable& table : member.axis) {
             numbers.insert(numbers.end(), {table.queries, table.length, table.step, table.wraps});
             for (int64_t i = 0; i < table.queries; ++i)
-                numbers.push_back((static_cast<int64_t>(table.start[i]) << 32) ^ static_cast<uint32_t>(table.count[i]));
+                numbers.push_back(static_cast<int64_t>(table.start[i]) * (int64_t(1) << 32) + table.count[i]);
             if (group.takes_bias) numbers.insert(numbers.end(), table.center, table.center + table.queries);
         }
     return numbers;

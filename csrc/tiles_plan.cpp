@@ -374,10 +374,12 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     Bounds bounds[AXES];
     int64_t step[AXES];
     for (int a = 0; a < AXES; ++a) {
+        const int64_t targets = request.targets[plan->order[a]];
         step[a] = 1;
         for (const SourceList& list : request.lists) {
             bounds[a].push_back(&list.axis[plan->order[a]]);
-            step[a] = std::lcm(step[a], static_cast<int64_t>(list.axis[plan->order[a]].step));
+            // more classes than targets say no more, and the steps of many members may multiply beyond all numbers
+            step[a] = std::min(std::lcm(step[a], static_cast<int64_t>(list.axis[plan->order[a]].step)), targets);
         }
     }
     const auto view = [&](int a, int64_t residue) {

@@ -1,7 +1,9 @@
 // Runs recorded calls (tests/ops/record_calls.py) with every buffer exactly as large as its tensor and outputs left
 // unwritten, so that valgrind sees what is read outside, or before it was written.
 //
-//     replay FILE
+//     replay FILE [ISA [STRATEGY]]
+//
+// The numbers are those of vicinal.h and replace what was recorded; nothing is run where the machine lacks the set.
 //
 // The file holds calls, each of them: 0 or 1 (backward), the record, the number of buffers, and for each buffer the
 // word of the record that points to it, its bytes, whether it is an output, and its contents.
@@ -31,8 +33,10 @@ unsigned sum(const unsigned char* bytes, int64_t count) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    FILE* file = argc == 2 ? std::fopen(argv[1], "rb") : nullptr;
-    if (!file) return std::fprintf(stderr, "usage: replay FILE\n"), 2;
+    FILE* file = argc >= 2 && argc <= 4 ? std::fopen(argv[1], "rb") : nullptr;
+    if (!file) return std::fprintf(stderr, "usage: replay FILE [ISA [STRATEGY]]\n"), 2;
+    if (argc > 2 && std::atoi(argv[2]) > vicinal_best_isa())
+        return std::printf("not run: this machine lacks instruction set %s\n", argv[2]), 0;
     int calls = 0;
     for (int64_t is_backward; (is_backward = read_number(file)) >= 0; ++calls) {
         vicinal_call call;
@@ -53,6 +57,8 @@ int main(int argc, char** argv) {
             std::memcpy(reinterpret_cast<char*>(&call) + 8 * word, &address, sizeof address);
             buffers.push_back(buffer);
         }
+        if (argc > 2) call.isa = std::atoi(argv[2]);
+        if (argc > 3 && call.dtype != VICINAL_FLOAT64) call.strategy = std::atoi(argv[3]);
         char message[512];
         const int64_t status = is_backward ? vicinal_attend_backward(&call, message, sizeof message)
                                            : vicinal_attend(&call, message, sizeof message);

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from vicinal.ops.cpu import library
+
+Forced = Callable[..., None]
 
 
 class _Refuse(TorchDispatchMode):
@@ -20,3 +24,18 @@ def no_work() -> Iterator[None]:
     """Fail if one of our operators runs: whatever is wrong with a call must be found before any work is done."""
     with _Refuse():
         yield
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forced]:
+    """Calls that force a strategy or an instruction set for the rest of the test."""
+
+    def force(strategy: str = "auto", isa: str = "best") -> None:
+        monkeypatch.setenv("VICINAL_CPU_STRATEGY", strategy)
+        monkeypatch.setenv("VICINAL_CPU_ISA", isa)
+        library.load.cache_clear()
+        library.load()
+
+    yield force
+    monkeypatch.undo()
+    library.load.cache_clear()

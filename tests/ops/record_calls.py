@@ -2,7 +2,8 @@
 
     python -m tests.ops.record_calls FILE [EVERY]
 
-takes every EVERY-th problem. What is read is written down with its exact extent in memory.
+takes every EVERY-th problem, in float32 and in a type of two bytes. What is read is written down with its exact extent
+in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .tolerance import run
 
 FIRST_TENSOR, TENSOR_WORDS, TABLES, LAYOUT, ROW_SUMS = 25, 7, 15, 18, 11
 FIRST_OUTPUT, FIRST_GRADIENT = 7, 12
+NARROW = (torch.bfloat16, torch.float16)
 
 
 def extent(tensor: torch.Tensor) -> int:
@@ -47,8 +49,9 @@ def main(path: str, every: int) -> None:
             call(function, data, *others)
 
         cpu.record.pack, cpu.library.call = noted_pack, noted_call
-        for problem in PROBLEMS[::every]:
+        for number, problem in enumerate(PROBLEMS[::every]):
             run(problem, torch.float32, "cpu")
+            run(problem, NARROW[number % 2], "cpu")
 
 
 def write(file: BinaryIO, is_backward: bool, data: bytes, tensors: record.Tensors) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from vicinal import BackendRefused
 
 from .oracle import Magnitudes, dense
 from .problems import Problem, Tensors, arguments, draw, draw_grads
+
+Layout = Callable[[torch.Tensor], torch.Tensor]
+"""The same numbers, perhaps differently in memory."""
 
 FACTOR = 2
 """The c of the rule."""
@@ -79,14 +83,18 @@ def _results(problem: Problem, drawn: torch.dtype, dtype: torch.dtype, *, drawin
     return with_gradients(problem, tensors, dense(problem, tensors, **core))
 
 
-def with_gradients(problem: Problem, tensors: Tensors, outputs: Tensors) -> Tensors:
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def with_gradients(problem: Problem, tensors: Tensors, outputs: Tensors, lay: Layout = _as_it_is) -> Tensors:
     """Outputs, and the gradient of every input for fixed gradients of all outputs."""
     names = list(tensors)
     grads = draw_grads(problem, {name: tensor.detach().cpu() for name, tensor in outputs.items()})
     found = torch.autograd.grad(
         list(outputs.values()),
         [tensors[name] for name in names],
-        [grads[name].to(outputs[name].device) for name in outputs],
+        [lay(grads[name].to(outputs[name].device)) for name in outputs],
         allow_unused=True,
     )
     results = {name: tensor.detach() for name, tensor in outputs.items()}
@@ -100,9 +108,22 @@ def largest(tensor: torch.Tensor) -> float:
     return float(torch.where(tensor.isfinite(), tensor, 0.0).abs().max()) if tensor.numel() else 0.0
 
 
-def run(problem: Problem, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> Tensors:
-    """The library's results for a problem: outputs and gradients of every input, by name."""
-    tensors = {name: tensor.to(device).requires_grad_() for name, tensor in draw(problem, dtype).items()}
+def run(
+    problem: Problem,
+    dtype: torch.dtype,
+    backend: str | None,
+    device: str = "cpu",
+    prepare: Callable[[Tensors], None] | None = None,
+    lay: Layout = _as_it_is,
+) -> Tensors:
+    """The library's results for a problem: outputs and gradients of every input, by name.
+
+    `prepare` may change the drawn tensors where that must not matter, `lay` how inputs and gradients lie in memory.
+    """
+    drawn = draw(problem, dtype)
+    if prepare:
+        prepare(drawn)
+    tensors = {name: lay(tensor.to(device)).requires_grad_() for name, tensor in drawn.items()}
     try:
         found = vicinal.attention(**arguments(problem, tensors), return_lse=True, backend=backend)
     except BackendRefused as refusal:
@@ -111,7 +132,7 @@ def run(problem: Problem, dtype: torch.dtype, backend: str | None, device: str =
     if problem.extra_queries:
         (out, extra_out), (lse, extra_lse) = found
         outputs = {"out": out, "lse": lse, "extra_out": extra_out, "extra_lse": extra_lse}
-    return {name: tensor.cpu() for name, tensor in with_gradients(problem, tensors, outputs).items()}
+    return {name: tensor.cpu() for name, tensor in with_gradients(problem, tensors, outputs, lay).items()}
 
 
 def assert_agrees(results: Tensors, judgment: Judgment) -> None:

@@ -206,8 +206,8 @@ def check_name(name: Any) -> None:
 def choose(problem: Problem, name: str | None) -> str:
     """The back end to use: the one asked for, or the first that can.
 
-    >>> choose(Problem("cpu", torch.float32, (8, 8), (8, 8), 2, 2, 32, 32), None)
-    'cpu'
+    >>> choose(Problem("cpu", torch.float32, (8, 8), (8, 8), 2, 2, 32, 32), "tiled")
+    'tiled'
     """
     reasons = refusals(problem)
     if name is None:

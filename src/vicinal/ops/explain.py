@@ -65,9 +65,9 @@ def explain(
     """What `attention` would do with the same arguments; tensors may be on the meta device.
 
     >>> query = torch.empty(1, 56, 56, 2, 32, device="meta")
-    >>> explanation = explain(query, query, query, Near(7))
+    >>> explanation = explain(query, query, query, Near(7), backend="tiled")
     >>> explanation.backend, explanation.flops
-    ('cpu', 39337984)
+    ('tiled', 39337984)
     """
     query, key, value, extra_key, extra_value, extra_query = under_autocast(
         query, key, value, extra_key, extra_value, extra_query

@@ -17,8 +17,8 @@ def choose_backend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     """The name of the back end that a fused function takes, which it also accepts as `backend`.
 
     >>> query = torch.empty(1, 8, 8, 2, 16)
-    >>> choose_backend(query, query, query)
-    'tiled'
+    >>> choose_backend(query, query, query) in ("cpu", "tiled")
+    True
     """
     del torch_compile
     return explain(query, key, value, Near(2)).backend
@@ -27,10 +27,10 @@ def choose_backend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 def get_compatible_backends(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, torch_compile: bool = False
 ) -> list[str]:
-    """The names of all back ends that could.
+    """The names of all back ends that could, the best first.
 
     >>> query = torch.empty(1, 8, 8, 2, 16)
-    >>> get_compatible_backends(query, query, query)
+    >>> get_compatible_backends(query, query, query)[-2:]
     ['tiled', 'reference']
     """
     del torch_compile

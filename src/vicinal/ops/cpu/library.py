@@ -43,18 +43,23 @@ class Library:
     isa: int
 
 
+def path() -> Path:
+    """The file the library is loaded from."""
+    return Path(os.environ.get("VICINAL_CPU_LIBRARY", _PATH))
+
+
 @functools.cache
 def load() -> Library:
     """The library; raises `OSError` with the reason where it cannot be had.
 
     A value of an environment variable that is not one of those allowed is a `ValueError`.
     """
-    path = Path(os.environ.get("VICINAL_CPU_LIBRARY", _PATH))
-    if not path.exists():
+    file = path()
+    if not file.exists():
         built = "its library was not built: no C++ compiler worked when vicinal was installed"
-        raise OSError(built if path == _PATH else f"VICINAL_CPU_LIBRARY names no file: {path}")
+        raise OSError(built if file == _PATH else f"VICINAL_CPU_LIBRARY names no file: {file}")
     try:
-        found = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(file))
     except OSError as problem:
         raise OSError(f"its library cannot be loaded: {problem}") from problem
     found.vicinal_abi.restype = ctypes.c_int64
