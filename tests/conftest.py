@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from vicinal.tour.extras import mend_torchvision
+from vicinal.measure.peers.installed import mend_torchvision
 
 mend_torchvision()
 

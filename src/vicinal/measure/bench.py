@@ -44,7 +44,7 @@ class Settings:
     """What to measure. `seconds` is what timing one row may take; preparing and checking come on top."""
 
     problems: tuple[Problem, ...]
-    backends: tuple[str, ...] = ("tiled",)
+    backends: tuple[str, ...] = ("cpu", "tiled")
     peers: tuple[str, ...] = tuple(PEERS)
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     backwards: tuple[bool, ...] = (False, True)

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
@@ -28,7 +28,7 @@ class Options:
 
     problems: tuple[str, ...] = ("default",)
     """Groups (quick, default, large, all) or problems."""
-    backends: tuple[str, ...] = ("tiled",)
+    backends: tuple[str, ...] = ("cpu", "tiled")
     """Our back ends."""
     peers: tuple[str, ...] = tuple(PEERS)
     """What they are measured against; "none" for nothing."""
@@ -45,14 +45,14 @@ class Options:
     memory: bool = False
     """Measure peak memory too."""
     output: pathlib.Path | None = None
-    """The JSON; benchmarks/results/<device>-<backends>.json by default."""
+    """The JSON; benchmarks/results/<device>.json by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GrowthOptions:
     """How time and peak memory grow with tokens, window, heads and batch: JSON and a plot."""
 
-    backend: str = "tiled"
+    backend: str = "cpu"
     """Which back end."""
     directions: tuple[Direction, ...] = ("forward", "forward+backward")
     """Forward alone, or with the backward."""
@@ -70,7 +70,7 @@ class ReadmeOptions:
 
     root: pathlib.Path = pathlib.Path()
     """The repository."""
-    is_check: Annotated[bool, "check"] = False
+    check: bool = False
     """Change nothing; fail where the table is out of date."""
 
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
 def measure(options: Options) -> int:
     """Run the benchmark, print its tables, save its JSON."""
     settings = _settings(options)
-    path = options.output or RESULTS / f"{options.device.partition(':')[0]}-{'-'.join(options.backends)}.json"
+    path = options.output or RESULTS / f"{options.device.partition(':')[0]}.json"
     rows = len(settings.problems) * len(settings.dtypes) * len(settings.backwards)
     with shown(rows) as progress:
         report = bench.run(settings, path, progress)
@@ -179,7 +179,7 @@ def _growth(options: GrowthOptions) -> int:
 
 
 def _readme(options: ReadmeOptions) -> int:
-    if options.is_check:
+    if options.check:
         is_current = readme.is_current(options.root)
         print("README.md is up to date" if is_current else "README.md is out of date: python -m vicinal.measure readme")
         return 0 if is_current else 1

@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from vicinal.measure.report import Report, Row, markdown, milliseconds, percent, times
 
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
-RESULTS = pathlib.Path("benchmarks/results/cpu-tiled.json")
+RESULTS = pathlib.Path("benchmarks/results/cpu.json")
 """The run that the README shows, from the repository's root."""
 
-_PEERS = {"sdpa_mask": "masked SDPA", "flex": "FlexAttention", "gather": "gather"}
+_PEERS = {
+    "sdpa_mask": "masked SDPA",
+    "flex": "FlexAttention",
+    "gather": "gather",
+    "timm": "timm",
+    "transformers": "transformers",
+}
 
 
 def block(report: Report) -> str:
@@ -32,12 +38,16 @@ def block(report: Report) -> str:
 
 def _cells(rows: Sequence[Row], backend: str) -> list[list[str]]:
     peers = [name for name in _PEERS if any(name in row.speedups.get(backend, {}) for row in rows)]
-    cells = [["problem", f"`{backend}` ms", "share of best GEMM", *(f"vs {_PEERS[name]}" for name in peers), "vs halo"]]
+    beside = [name for name in ("tiled",) if name != backend and any(row.entry(name) is not None for row in rows)]
+    head = ["problem", f"`{backend}` ms", "share of best GEMM", *(f"vs {_PEERS[name]}" for name in peers), "vs halo"]
+    cells = [[*head, *(f"`{name}` ms" for name in beside)]]
     for row in rows:
         entry, ratios = row.entry(backend), row.speedups.get(backend, {})
         assert entry is not None
         own = [f"{row.problem} ({row.size})", milliseconds(entry.median_ms), percent(entry.share_of_gemm)]
-        cells.append([*own, *(times(ratios.get(name)) for name in peers), times(row.over_halo(backend))])
+        others = [found.median_ms if (found := row.entry(name)) is not None else None for name in beside]
+        compared = [*(times(ratios.get(name)) for name in peers), times(row.over_halo(backend))]
+        cells.append([*own, *compared, *("-" if ms is None else milliseconds(ms) for ms in others)])
     return cells
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from vicinal.measure import Timing, compare
+from vicinal.measure.peers.installed import mend_torchvision
 from vicinal.pattern import Near, mask
-from vicinal.tour.extras import mend_torchvision
 
 TOLERANCE = 1e-3
 """How far two answers may lie apart, relative to the largest number in them, after dozens of float32 layers."""

@@ -312,7 +312,7 @@ NEW_NATTEN = """
 import sys
 sys.path.insert(0, {fake!r})
 import torch
-from vicinal.tour.extras import mend_torchvision
+from vicinal.measure.peers.installed import mend_torchvision
 mend_torchvision()
 from transformers.utils import is_natten_available
 assert is_natten_available()

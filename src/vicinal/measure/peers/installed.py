@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +23,30 @@ def _import(package: str, module: str) -> Any:
     """Another package's module; the run goes on without it where it is missing or does not suit this torch."""
     if importlib.util.find_spec(package) is None:
         raise NotRun(f"{package} is not installed")
+    mend_torchvision()
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
         raise NotRun(f"{package} cannot be imported: {str(error).splitlines()[0]}") from error
+
+
+@functools.cache
+def mend_torchvision() -> None:
+    """Let torchvision be imported where its compiled half was built for another torch than the one that is here.
+
+    The wheel on PyPI is built for CUDA. Beside a torch without CUDA its library does not load, and then its import,
+    and with it that of transformers' and timm's models, fails at a missing operator. Declared here, without a kernel,
+    that operator costs nothing and is not called by anything that only wants the import. Without effect elsewhere.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    library = None if spec is None or spec.origin is None else Path(spec.origin).parent / "_C.so"
+    if library is None or not library.is_file() or hasattr(torch.ops.torchvision, "nms"):
+        return
+    try:
+        ctypes.CDLL(str(library))
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _packed_windows(task: Task, size: int, shift: int) -> Layout:
