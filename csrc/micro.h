@@ -180,6 +180,51 @@ VICINAL_APART void mix(const Pass& pass, const float* weights, const float* rows
         mix_channels<S, T, 1>(pass, weights, rows, width, padded, factor, sums, channel);
 }
 
+// The other way round: to[source] += weights of a pass times rows of the targets, for D vectors of channels.
+template <class S, int T, int D>
+VICINAL_INLINE void spread_channels(const Pass& pass, const float* weights, const float* targets, int64_t width,
+                                    int64_t padded, int64_t channel, float* to) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
+    F target[T][D];
+    const float* from = targets + channel / DIM_BLOCK * MOST_TARGETS * DIM_BLOCK + channel % DIM_BLOCK;
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        VICINAL_UNROLL
+        for (int d = 0; d < D; ++d) target[t][d] = S::load(from + t * DIM_BLOCK + d * W);
+    }
+    for (int v = 0; v < pass.count; ++v) {
+        float* row = to + (pass.group[v] * width + pass.at[v]) * padded + channel;
+        const float* weight = weights + v * T * W;
+        uint32_t lanes = pass.any[v];
+        for (int lane = 0; lanes; ++lane, lanes >>= 1) {
+            if (!(lanes & 1u)) continue;
+            F sum[D];
+            VICINAL_UNROLL
+            for (int d = 0; d < D; ++d) sum[d] = S::load(row + lane * padded + d * W);
+            VICINAL_UNROLL
+            for (int t = 0; t < T; ++t) {
+                const F by = S::all(weight[t * W + lane]);
+                VICINAL_UNROLL
+                for (int d = 0; d < D; ++d) sum[d] = S::fma(by, target[t][d], sum[d]);
+            }
+            VICINAL_UNROLL
+            for (int d = 0; d < D; ++d) S::store(row + lane * padded + d * W, sum[d]);
+        }
+    }
+}
+
+template <class S, int T>
+VICINAL_INLINE void spread(const Pass& pass, const float* weights, const float* targets, int64_t width, int64_t padded,
+                           float* to) {
+    constexpr int W = S::LANES;
+    constexpr int MOST = W == 16 ? 2 : 1;
+    int64_t channel = 0;
+    for (; channel + MOST * W <= padded; channel += MOST * W)
+        spread_channels<S, T, MOST>(pass, weights, targets, width, padded, channel, to);
+    for (; channel < padded; channel += W) spread_channels<S, T, 1>(pass, weights, targets, width, padded, channel, to);
+}
+
 // Units that so many channels make.
 template <class S>
 VICINAL_INLINE int64_t units_of(int64_t channels) {

@@ -17,7 +17,8 @@ namespace vicinal {
 
 namespace {
 
-enum Direction { FORWARD, BACKWARD, EXTRA };
+// CLOSED is the whole backward at once, for queries.
+enum Direction { FORWARD, BACKWARD, EXTRA, CLOSED };
 
 const TileKernels* kernels_for(const Problem& problem) {
     switch (problem.call.isa) {
@@ -35,6 +36,7 @@ std::vector<int64_t> fingerprint(const std::vector<Member>& members, const Group
     std::vector<int64_t> numbers = {direction,        request.lanes,  request.pair, request.key_dim, request.value_dim,
                                     request.floats,   request.copies, group.takes_bias};
     for (int a = 0; a < AXES; ++a) {
+        numbers.push_back(request.sources[a]);
         numbers.push_back(request.targets[a]);
         numbers.push_back(group.bias_length[a]);
     }
@@ -76,9 +78,9 @@ std::shared_ptr<const Plan> plan_for(const std::vector<Member>& members, const G
                 return known.plan;
             }
     }
-    request.lists = direction == FORWARD    ? forward_lists(members, group)
-                    : direction == BACKWARD ? backward_lists(members, group)
-                                            : extra_lists(members[0], tokens);
+    request.lists = direction == BACKWARD ? backward_lists(members, group)
+                    : direction == EXTRA  ? extra_lists(members[0], tokens)
+                                          : forward_lists(members, group);
     std::shared_ptr<const Plan> plan = make_plan(request);
     std::lock_guard<std::mutex> lock(mutex);
     Remembered* oldest = &plans[0];
@@ -235,11 +237,14 @@ std::vector<std::unique_ptr<Work>> all_work(const Problem& problem, Direction di
             request.value_dim = call.value_dim;
             request.floats = (call.head_dim + call.value_dim) * (direction == FORWARD ? 1 : 2) / kernels->pair;
             request.copies = work->samples * work->heads;
-            for (int a = 0; a < AXES; ++a)
-                request.targets[a] = direction == FORWARD    ? members[0].axis[a].queries
-                                     : direction == BACKWARD ? members[0].axis[a].length
-                                     : a == AXES - 1         ? tokens
-                                                             : 1;
+            request.wants_closed = direction == CLOSED;
+            for (int a = 0; a < AXES; ++a) {
+                request.targets[a] = direction == BACKWARD ? members[0].axis[a].length
+                                     : direction != EXTRA  ? members[0].axis[a].queries
+                                     : a == AXES - 1       ? tokens
+                                                           : 1;
+                request.sources[a] = members[0].axis[a].length;
+            }
             work->plan = plan_for(members, group, direction, tokens, request);
             fill_job(problem, members, group, direction, *work);
             // lists come member by member, several each where axes wrap
@@ -350,7 +355,10 @@ void ask_for_large_pages(const Problem& problem, const View& view, const int64_t
 }
 
 // Gradient of the bias: heads and a fixed number of shares of their units, each with a table of its own.
-void grad_query_with_bias(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels) {
+using VisitWithBias = void (*)(const Job&, const Unit&, int64_t, int64_t, float*, const Workspace&);
+
+void grad_query_with_bias(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels,
+                          VisitWithBias visit) {
     constexpr int64_t SHARES = 8;
     const Workspace memory{get_memory};
     float* to = static_cast<float*>(problem.grad_bias);
@@ -367,8 +375,8 @@ void grad_query_with_bias(const Problem& problem, const std::vector<std::unique_
             const int64_t head = index / shares, share = index % shares;
             float* table = tables.data() + index * size;
             for (int64_t i = total * share / shares; i < total * (share + 1) / shares; ++i)
-                kernels->grad_query(job, work.plan->units[i % work.units()], work.sample_begin + i / work.units(), head, table,
-                                    memory);
+                visit(job, work.plan->units[i % work.units()], work.sample_begin + i / work.units(),
+                      visit == kernels->closed ? head + job.first_head : head, table, memory);
         });
         const int64_t begin = problem.groups[work.group].bias_begin;
         for (int64_t head = 0; head < work.heads; ++head)
@@ -383,6 +391,37 @@ void grad_query_with_bias(const Problem& problem, const std::vector<std::unique_
                            c * job.bias_stride[2]] += sum;
                     }
     }
+}
+
+// Zeros outside the samples' own grids, in the gradients of queries, keys and values.
+void zero_gradients_outside(const Problem& problem) {
+    const vicinal_call& call = problem.call;
+    for (int64_t sample = 0; sample < call.batch; ++sample) {
+        const OwnGrid own = own_grid(problem, sample);
+        zero_outside(problem, problem.grad_query, sample, problem.grid, own.queries, call.heads, call.head_dim);
+        zero_outside(problem, problem.grad_key, sample, problem.key_grid, own.keys, call.kv_heads, call.head_dim);
+        zero_outside(problem, problem.grad_value, sample, problem.key_grid, own.keys, call.kv_heads, call.value_dim);
+    }
+}
+
+// The backward in one go, where units share no keys; false where it must be done in parts.
+bool backward_at_once(const Problem& problem, const TileKernels* kernels) {
+    const bool shares_heads = problem.call.heads != problem.call.kv_heads;
+    if (!kernels->closed || problem.extra_key || splits_key_heads(problem) || (shares_heads && problem.grad_bias)) return false;
+    if (!problem.grad_key && !problem.grad_value) return false;
+    const auto all = all_work(problem, CLOSED, kernels);
+    for (const auto& work : all)
+        if (!work->plan->is_closed) return false;
+    if (problem.grad_bias)
+        grad_query_with_bias(problem, all, kernels, kernels->closed);
+    else
+        run_all(problem, all, kernels,
+                [](const TileKernels& k, const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& memory) {
+                    k.closed(job, unit, sample, head, nullptr, memory);
+                },
+                CLOSED);
+    zero_gradients_outside(problem);
+    return true;
 }
 
 }  // namespace
@@ -421,6 +460,7 @@ void tiles_backward(const Problem& problem) {
     ask_for_large_pages(problem, problem.grad_key, problem.key_grid, call.kv_heads, call.head_dim);
     ask_for_large_pages(problem, problem.grad_value, problem.key_grid, call.kv_heads, call.value_dim);
     const TileKernels* kernels = kernels_for(problem);
+    if (backward_at_once(problem, kernels)) return;
     const auto forward = all_work(problem, FORWARD, kernels);
     run_all(problem, forward, kernels,
             [](const TileKernels& k, const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& memory) {
@@ -428,7 +468,7 @@ void tiles_backward(const Problem& problem) {
             },
             FORWARD);
     if (problem.grad_bias)
-        grad_query_with_bias(problem, forward, kernels);
+        grad_query_with_bias(problem, forward, kernels, kernels->grad_query);
     else if (problem.grad_query)
         run_all(problem, forward, kernels,
                 [](const TileKernels& k, const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& memory) {
@@ -451,11 +491,8 @@ void tiles_backward(const Problem& problem) {
     }
     if (problem.grad_extra_key || problem.grad_extra_value)
         run_all(problem, all_work(problem, EXTRA, kernels), kernels, key_value, EXTRA);
+    zero_gradients_outside(problem);
     for (int64_t sample = 0; sample < call.batch; ++sample) {
-        const OwnGrid own = own_grid(problem, sample);
-        zero_outside(problem, problem.grad_query, sample, problem.grid, own.queries, call.heads, call.head_dim);
-        zero_outside(problem, problem.grad_key, sample, problem.key_grid, own.keys, call.kv_heads, call.head_dim);
-        zero_outside(problem, problem.grad_value, sample, problem.key_grid, own.keys, call.kv_heads, call.value_dim);
         const int64_t tokens[AXES] = {1, 1, call.extra_tokens};
         const int64_t own_tokens[AXES] = {1, 1, problem.extra_key ? problem.extra_length(sample) : 0};
         zero_outside(problem, problem.grad_extra_key, sample, tokens, own_tokens, call.kv_heads, call.head_dim);

@@ -114,6 +114,10 @@ struct TileKernels {
                        const Workspace& workspace);
     // head is a key head; the query heads that share it are summed here
     void (*grad_key_value)(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace);
+    // all of the backward at once, for a unit of queries whose keys no other unit sees; null where there is none. head
+    // is a key head; grad_bias as above, only where a key head has one query head
+    void (*closed)(const Job& job, const Unit& unit, int64_t sample, int64_t head, float* grad_bias,
+                   const Workspace& workspace);
 };
 
 const TileKernels* base_kernels();

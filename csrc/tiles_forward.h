@@ -71,17 +71,13 @@ struct Packing {
     }
 };
 
+// A packer with its room: coordinates of columns, zeros, and rows that cannot be read where they lie.
 template <class S>
-inline void fill_panel(const Job& job, const Sources& sources, const Chunk& chunk, const Packing& packing, Panel& panel,
-                       const Workspace& workspace) {
+inline Packer<S> packer_of(const Job& job, const Sources& sources, const Chunk& chunk, const Packing& packing, int64_t width,
+                           const Workspace& workspace) {
     constexpr int W = S::LANES;
     const Frame& f = sources.frame;
-    const int64_t columns = chunk.column_end - chunk.column_begin, groups = chunk.group_end - chunk.group_begin;
-    panel.chunk = chunk;
-    panel.width = panel_width(columns, f.R, f.C);
-    const int64_t size = groups * panel.width;
-    Arena arena{static_cast<char*>(workspace.get(PANEL, (size * packing.floats<S>() + 8 * W) * 4 + 64 * 8))};
-    const int64_t known = columns + f.C;
+    const int64_t columns = chunk.column_end - chunk.column_begin, known = columns + f.C;
     const int64_t padded = round_up(most(packing.operand[0].dim, packing.operand[1].dim), W);
     Arena scratch{static_cast<char*>(workspace.get(SCRATCH, (known + padded * (W + 1)) * 4 + 64 * 4))};
     int32_t* coordinates = scratch.take<int32_t>(known);
@@ -91,7 +87,20 @@ inline void fill_panel(const Job& job, const Sources& sources, const Chunk& chun
         coordinates[c] =
             c < columns ? static_cast<int32_t>(source_coordinate(*f.axis[2], chunk.column_begin + c)) : -1;
     for (int64_t d = 0; d < padded; ++d) zeros[d] = 0.0f;
-    const Packer<S> packer{job.dtype, f, chunk, panel.width, coordinates, rows, zeros};
+    return Packer<S>{job.dtype, f, chunk, width, coordinates, rows, zeros};
+}
+
+template <class S>
+inline void fill_panel(const Job& job, const Sources& sources, const Chunk& chunk, const Packing& packing, Panel& panel,
+                       const Workspace& workspace) {
+    constexpr int W = S::LANES;
+    const Frame& f = sources.frame;
+    const int64_t columns = chunk.column_end - chunk.column_begin, groups = chunk.group_end - chunk.group_begin;
+    panel.chunk = chunk;
+    panel.width = panel_width(columns, f.R, f.C);
+    const int64_t size = groups * panel.width;
+    Arena arena{static_cast<char*>(workspace.get(PANEL, (size * packing.template floats<S>() + 8 * W) * 4 + 64 * 8))};
+    const Packer<S> packer = packer_of<S>(job, sources, chunk, packing, panel.width, workspace);
     for (int i = 0; i < 2; ++i) {
         const int64_t dim = packing.operand[i].dim;
         panel.transposed[i] = packing.transposed[i] ? arena.take<float>(size * units_of<S>(dim) + W) : nullptr;

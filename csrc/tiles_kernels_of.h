@@ -3,15 +3,27 @@
 #ifndef VICINAL_TILES_KERNELS_OF_H
 #define VICINAL_TILES_KERNELS_OF_H
 
-#include "tiles_backward.h"
+#include "tiles_closed.h"
 
 namespace vicinal {
 namespace {
 
 template <class S>
+TileKernels all_of() {
+    TileKernels kernels = {};
+    kernels.lanes = S::LANES;
+    kernels.pair = S::PAIR;
+    kernels.row_sums = row_sums_unit<S>;
+    kernels.forward = forward_unit<S>;
+    kernels.grad_query = grad_query_unit<S>;
+    kernels.grad_key_value = grad_key_value_unit<S>;
+    if constexpr (S::PAIR == 1) kernels.closed = closed_unit<S>;
+    return kernels;
+}
+
+template <class S>
 const TileKernels* kernels_of() {
-    static const TileKernels kernels = {S::LANES, S::PAIR, row_sums_unit<S>, forward_unit<S>, grad_query_unit<S>,
-                                        grad_key_value_unit<S>};
+    static const TileKernels kernels = all_of<S>();
     return &kernels;
 }
 

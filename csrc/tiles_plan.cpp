@@ -10,6 +10,7 @@ namespace vicinal {
 namespace {
 
 constexpr int64_t PANEL_BYTES = 448 << 10;  // of a second-level cache of half a megabyte and more
+constexpr int64_t CLOSED_BYTES = 1 << 20;  // of a unit that shares no source: panel and sums together
 constexpr int64_t STATE_BYTES = 256 << 10;
 constexpr int64_t EVEN_SHARES = 8;  // units should come out even on so many threads; not on the threads there are,
                                     // so that results do not depend on them
@@ -205,17 +206,21 @@ Shape choose_shape(const PlanRequest& request, const ClassView& rows, const Clas
     return best;
 }
 
-// Blocks of at most `most` targets; with `parts`, none reaches over a gap between windows.
-std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles, int64_t most, bool parts) {
+// Where blocks may end: anywhere, with every gap between windows, or only there.
+enum class Ends { ANYWHERE, ALSO_AT_GAPS, ONLY_AT_GAPS };
+
+// Blocks of at most `most` targets, or more where they may not end sooner.
+std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles, int64_t most, Ends ends) {
     std::vector<Run> blocks;
     const std::vector<int64_t> begins = segments_of(view);
     size_t s = 0;
     for (size_t t = 0; t < tiles.size(); ++t) {
-        bool opens = blocks.empty() || tiles[t].end - tiles[blocks.back().begin].begin > most;
-        while (begins[s + 1] <= tiles[t].begin) {
-            ++s;
-            opens = opens || parts;
-        }
+        const bool is_gap = begins[s + 1] <= tiles[t].begin;
+        while (begins[s + 1] <= tiles[t].begin) ++s;
+        const bool is_full = !blocks.empty() && tiles[t].end - tiles[blocks.back().begin].begin > most;
+        const bool opens = blocks.empty() || (ends == Ends::ONLY_AT_GAPS ? is_gap && is_full
+                                              : ends == Ends::ALSO_AT_GAPS ? is_gap || is_full
+                                                                           : is_full);
         if (opens) blocks.push_back({static_cast<int32_t>(t), static_cast<int32_t>(t)});
         blocks.back().end = static_cast<int32_t>(t + 1);
     }
@@ -228,7 +233,7 @@ struct BlockSize {
     double blocks, sources, widest, targets;
 };
 
-std::vector<BlockSize> block_sizes(const ClassView& view, const std::vector<Run>& tiles, bool parts) {
+std::vector<BlockSize> block_sizes(const ClassView& view, const std::vector<Run>& tiles, Ends ends) {
     std::vector<BlockSize> sizes;
     int64_t last = -1;
     for (int64_t pieces : {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096}) {
@@ -236,7 +241,7 @@ std::vector<BlockSize> block_sizes(const ClassView& view, const std::vector<Run>
         if (most == last) continue;
         last = most;
         BlockSize size{most, 0, 0, 0, 0};
-        for (const Run& block : join_tiles(view, tiles, most, parts)) {
+        for (const Run& block : join_tiles(view, tiles, most, ends)) {
             const int64_t begin = tiles[block.begin].begin, end = tiles[block.end - 1].end;
             double sources = 0;
             for (size_t list = 0; list < view.lists.size(); ++list)
@@ -364,6 +369,34 @@ bool has_plain_centers(const std::vector<Member>& members) {
     return true;
 }
 
+namespace {
+
+// Whether no two units see the same source, no source is left out, and the sources of each fit.
+bool is_closed(const Plan& plan, const PlanRequest& request) {
+    if (request.lists.size() != 1) return false;
+    double most = 1;
+    for (int a = 0; a < AXES; ++a) {
+        int64_t seen = 0, widest = 0;
+        for (const ClassAxis& one : plan.classes[a]) {
+            if (one.sources[0].turn) return false;
+            int64_t before = 0;
+            for (const Run& block : one.blocks) {
+                const int64_t low = one.sources[0].low[one.tiles[block.begin].begin];
+                const int64_t high = std::max<int64_t>(one.sources[0].high[one.tiles[block.end - 1].end - 1], low);
+                if (low < before) return false;
+                before = high;
+                seen += high - low;
+                widest = std::max(widest, high - low);
+            }
+        }
+        if (seen != request.sources[plan.order[a]]) return false;
+        most *= static_cast<double>(widest + (a > 0 ? plan.rows_per_vector : 0));
+    }
+    return most * static_cast<double>(request.floats) * 4 <= CLOSED_BYTES;
+}
+
+}  // namespace
+
 std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     auto plan = std::make_shared<Plan>();
     // axes where everybody sees one source stand first: there is nothing to tile there
@@ -392,11 +425,15 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     plan->panel_bytes = PANEL_BYTES;
     const Cutting plane_cut{1, false, 1, 0.0, false};
     const Cutting cuts[AXES] = {plane_cut, shape.rows, shape.columns};
+    // vectors of several rows are aligned to the windows' own rows; a closed unit holds whole windows
+    Ends ends[AXES] = {Ends::ANYWHERE, shape.rows_per_vector > 1 ? Ends::ALSO_AT_GAPS : Ends::ANYWHERE, Ends::ANYWHERE};
+    if (request.wants_closed)
+        for (Ends& end : ends) end = end == Ends::ALSO_AT_GAPS ? end : Ends::ONLY_AT_GAPS;
     std::vector<BlockSize> sizes[AXES];
     const ClassView* firsts[AXES] = {&planes, &rows, &columns};
     double classes = 1;
     for (int a = 0; a < AXES; ++a) {
-        sizes[a] = block_sizes(*firsts[a], cut_class(*firsts[a], cuts[a]), a == 1 && shape.rows_per_vector > 1);
+        sizes[a] = block_sizes(*firsts[a], cut_class(*firsts[a], cuts[a]), ends[a]);
         classes *= static_cast<double>(std::min(step[a], request.targets[plan->order[a]]));
     }
     double seen_planes = 0;
@@ -410,10 +447,11 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
         for (int64_t residue = 0; residue < residues; ++residue) {
             const ClassView own = view(a, residue);
             std::vector<Run> tiles = cut_class(own, cuts[a]);
-            std::vector<Run> blocks = join_tiles(own, tiles, blocking.most[a], a == 1 && shape.rows_per_vector > 1);
+            std::vector<Run> blocks = join_tiles(own, tiles, blocking.most[a], ends[a]);
             fill_class(plan->classes[a][residue], own, request.lists, plan->order[a], std::move(tiles), std::move(blocks));
         }
     }
+    plan->is_closed = request.wants_closed && is_closed(*plan, request);
     for (const SourceList& list : request.lists) plan->member_of_list.push_back(list.member);
     plan->tiles = plan->computed = 0;
     for (const ClassAxis& a : plan->classes[0])

@@ -26,12 +26,13 @@ struct SourceList {
 // How targets see sources, and what a plan is chosen by besides.
 struct PlanRequest {
     std::vector<SourceList> lists;
-    int64_t targets[AXES];
+    int64_t targets[AXES], sources[AXES];  // the sample's own grids
     int lanes;
     int pair;                    // numbers in a unit
     int64_t key_dim, value_dim;  // channels of a score, and of a weighted sum
     int64_t floats;              // packed per source
     int64_t copies;              // batch times heads: how often the units are run
+    bool wants_closed;           // units should share no source
 };
 
 // One class of targets on one axis, with the memory that its `Axis` points into.
@@ -50,6 +51,7 @@ struct Plan {
     std::vector<ClassAxis> classes[AXES];  // on each axis in its new place
     std::vector<Unit> units;
     std::vector<int32_t> member_of_list;
+    bool is_closed;  // every source belongs to just one unit, whose sources fit a panel
     int64_t tiles, computed;  // of all classes
 };
 

@@ -1,0 +1,162 @@
+// The whole backward of a unit whose sources nobody else sees: windows, dilated groups, small maps.
+//
+// Scores and weights are computed once for all three gradients, and those of keys and values are summed up beside the
+// panel. Where units share sources this would race, and keys are visited apart (tiles_backward.h).
+
+#ifndef VICINAL_TILES_CLOSED_H
+#define VICINAL_TILES_CLOSED_H
+
+#include "tiles_backward.h"
+
+namespace vicinal {
+namespace {
+
+template <class S, int T>
+inline void closed_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
+                        float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias,
+                        float* grad_keys, float* grad_values) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
+    const F factor = S::all(job.scale * LOG2_E), nothing = S::all(-INFINITY);
+    const int64_t key_padded = round_up(job.query.dim, W), value_padded = round_up(job.value.dim, W);
+    auto weigh = [&](int v, int t, F sum) VICINAL_LAMBDA {
+        F score = S::mul(sum, factor);
+        if (has_bias) score = S::add(score, S::load(pass.bias[v][t]));
+        score = S::select(pass.seen[v][t], S::sub(score, S::all(tile.lse[t])), nothing);
+        S::store(scores + (v * T + t) * W, exp2_of<S>(score));
+    };
+    dot<S, T>(pass, queries, job.query.dim, panel.transposed[0], panel.width, scores, weigh);
+    spread<S, T>(pass, scores, grads, panel.width, value_padded, grad_values);
+    alignas(64) float partial[MOST_VECTORS * T * W];
+    auto differentiate = [&](int v, int t, F sum) VICINAL_LAMBDA {
+        float* at = scores + (v * T + t) * W;
+        const F grad = S::mul(S::load(at), S::sub(sum, S::all(tile.row_sum[t])));
+        S::store(at, S::select(pass.seen[v][t], grad, S::zero()));
+    };
+    dot<S, T>(pass, grads, job.value.dim, panel.transposed[1], panel.width, partial, differentiate);
+    if (grad_bias && has_bias) {
+        for (int v = 0; v < pass.count; ++v)
+            for (int t = 0; t < T; ++t) {
+                float* to = grad_bias + (pass.bias[v][t] - bias);
+                S::store(to, S::add(S::load(to), S::load(scores + (v * T + t) * W)));
+            }
+    }
+    spread<S, T>(pass, scores, queries, panel.width, key_padded, grad_keys);
+    alignas(64) float ones[MOST_TARGETS];
+    for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;
+    mix<S, T>(pass, scores, panel.rows[0], panel.width, key_padded, tile.is_fresh ? nullptr : ones, tile.sums);
+    tile.is_fresh = false;
+}
+
+// Writes what was summed up for the sources of a panel; each of them stands in one panel only.
+template <class S>
+inline void write_sources(const Job& job, const Packer<S>& packer, const Operand& operand, int64_t base, const float* sums,
+                          float factor) {
+    if (!operand.data) return;
+    const Frame& f = packer.frame;
+    const int64_t padded = round_up(operand.dim, S::LANES);
+    for (int64_t group = 0; group < f.row_groups(); ++group) {
+        int64_t offset[S::LANES];
+        packer.row_offsets(operand, base, group, offset);
+        for (int r = 0; r < f.R; ++r) {
+            if (offset[r] < 0) continue;
+            for (int64_t column = 0; column < f.column_end - f.column_begin; ++column)
+                store_row<S>(job.dtype, operand, offset[r] + packer.columns[column] * operand.axis[2],
+                             sums + (group * packer.width + column * f.R + r) * padded, factor);
+        }
+    }
+}
+
+// `head` is a key head, which has one query head here or more; grad_bias only where it has one.
+template <class S>
+void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, float* grad_bias,
+                 const Workspace& workspace) {
+    constexpr int W = S::LANES;
+    const Block block(job, unit);
+    const int64_t key_dim = job.query.dim, value_dim = job.value.dim;
+    const int64_t key_padded = round_up(key_dim, W), value_padded = round_up(value_dim, W);
+    Packing packing;
+    packing.operand[0] = job.key;
+    packing.operand[1] = job.value;
+    packing.base[0] = sample * job.key.batch + head * job.key.head;
+    packing.base[1] = sample * job.value.batch + head * job.value.head;
+    packing.transposed[0] = packing.transposed[1] = packing.rows[0] = true;
+    packing.rows[1] = packing.lanes = false;
+    Sources sources;
+    open_sources<S>(block, 0, sources);
+    const Frame& f = sources.frame;
+    const Chunk chunk{0, f.row_groups(), f.column_begin, f.column_end};
+    Panel panel;
+    fill_panel<S>(job, sources, chunk, packing, panel, workspace);
+    const int64_t places = f.row_groups() * panel.width;
+    Arena arena{static_cast<char*>(workspace.get(
+        STATE, (places * (key_padded + value_padded) + MOST_TARGETS * key_padded + 2 * value_padded +
+                targets_floats(key_dim) + targets_floats(value_dim)) * 4 + 64 * 8))};
+    float* grad_keys = arena.take<float>(places * key_padded);
+    float* grad_values = arena.take<float>(places * value_padded);
+    float* sums = arena.take<float>(MOST_TARGETS * key_padded);
+    float* out = arena.take<float>(2 * value_padded);
+    float* queries = arena.take<float>(targets_floats(key_dim));
+    float* grads = arena.take<float>(targets_floats(value_dim));
+    for (int64_t i = 0; i < places * key_padded; ++i) grad_keys[i] = 0.0f;
+    for (int64_t i = 0; i < places * value_padded; ++i) grad_values[i] = 0.0f;
+    // channels that fill a vector up are multiplied too
+    for (int64_t i = 0; i < targets_floats(key_dim); ++i) queries[i] = 0.0f;
+    for (int64_t i = 0; i < targets_floats(value_dim); ++i) grads[i] = 0.0f;
+    for (int64_t i = 0; i < 2 * value_padded; ++i) out[i] = 0.0f;
+    TileRoom<S> room;
+    QueryTile state;
+    const int64_t head_begin = most(head * job.shared, job.first_head);
+    const int64_t head_end = least((head + 1) * job.shared, job.first_head + job.heads);
+    for (int64_t q_head = head_begin; q_head < head_end; ++q_head) {
+        const BiasTable bias = bias_of<S>(job, q_head - job.first_head, workspace);
+        const int64_t query_base = sample * job.query.batch + q_head * job.query.head;
+        const int64_t grad_out_base = sample * job.grad_out.batch + q_head * job.grad_out.head;
+        const int64_t out_base = sample * job.out.batch + q_head * job.out.head;
+        const int64_t lse_base = sample * job.lse_batch + q_head * job.lse_head;
+        const int64_t grad_lse_base = sample * job.grad_lse_batch + q_head * job.grad_lse_head;
+        const int64_t to_base = sample * job.grad_query.batch + q_head * job.grad_query.head;
+        Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
+        block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
+            load_targets<S>(block, tile, job.query, query_base, queries);
+            load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
+            state.is_fresh = true;
+            block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
+                load_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), out);
+                load_row<S>(job.dtype, job.grad_out, grad_out_base + place_of(job.grad_out.axis, a, b, c), out + value_padded);
+                typename S::F products = S::zero();
+                for (int64_t d = 0; d < value_padded; d += W)
+                    products = S::fma(S::load(out + d), S::load(out + value_padded + d), products);
+                state.row_sum[t] = S::sum(products);
+                if (job.grad_lse) state.row_sum[t] -= job.grad_lse[grad_lse_base + place_of(job.grad_lse_axis, a, b, c)];
+                const float lse = job.lse[lse_base + place_of(job.lse_axis, a, b, c)];
+                state.lse[t] = lse == -INFINITY ? 0.0f : lse * LOG2_E;
+                state.sums[t] = sums + t * key_padded;
+            });
+            walk(tile, room.pass, [&](const Pass& pass) {
+#define VICINAL_CALL(T)                                                                                               \
+    closed_pass<S, T>(job, panel, queries, grads, state, room.scores, pass, bias.data != nullptr, grad_bias, bias.data, \
+                      grad_keys, grad_values)
+                VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
+#undef VICINAL_CALL
+            });
+            if (!job.grad_query.data) return;
+            if (state.is_fresh)
+                for (int64_t i = 0; i < tile.count * key_padded; ++i) sums[i] = 0.0f;
+            block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
+                store_row<S>(job.dtype, job.grad_query, to_base + place_of(job.grad_query.axis, a, b, c), state.sums[t],
+                             job.scale);
+            });
+        });
+    }
+    // the coordinates of the columns are still where the panel was made
+    const Packer<S> packer = packer_of<S>(job, sources, chunk, packing, panel.width, workspace);
+    write_sources<S>(job, packer, job.grad_key, sample * job.grad_key.batch + head * job.grad_key.head, grad_keys, job.scale);
+    write_sources<S>(job, packer, job.grad_value, sample * job.grad_value.batch + head * job.grad_value.head, grad_values,
+                     1.0f);
+}
+
+}  // namespace
+}  // namespace vicinal
+
+#endif
