@@ -342,11 +342,12 @@ struct Walk {
         return pattern & ((1u << W) - 1u);
     }
 
-    // Lanes that an earlier member has, for one target.
-    inline uint32_t earlier_lanes(const int64_t* target, int64_t plane, int64_t row, int64_t column) const {
+    // Lanes among `seen` that an earlier member has, for one target. The other lanes may stand beyond the tables.
+    inline uint32_t earlier_lanes(uint32_t seen, const int64_t* target, int64_t plane, int64_t row, int64_t column) const {
         const Frame& f = sources.frame;
         uint32_t lanes = 0;
         for (int lane = 0; lane < W; ++lane) {
+            if (!(seen >> lane & 1u)) continue;
             const int64_t source[3] = {source_coordinate(*f.axis[0], plane),
                                        source_coordinate(*f.axis[1], row + lane % f.R),
                                        source_coordinate(*f.axis[2], column + lane / f.R)};
@@ -420,7 +421,7 @@ struct Walk {
         uint32_t any = 0;
         block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) {
             const int64_t target[3] = {a, b, c};
-            if (seen[t]) seen[t] &= ~earlier_lanes(target, plane, row, column);
+            seen[t] &= ~earlier_lanes(seen[t], target, plane, row, column);
             any |= seen[t];
         });
         return any;

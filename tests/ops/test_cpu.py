@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -179,6 +180,15 @@ def test_nan_comes_through_where_it_is_seen_and_only_there() -> None:
     key[0, 6] = torch.nan
     out = vicinal.attention(query, key, query, Near(3), backend="cpu")
     assert out.isnan().any(-1).flatten().tolist() == [abs(index - 6) < 2 for index in range(12)]
+
+
+def test_dilations_may_have_a_common_multiple_beyond_all_numbers() -> None:
+    primes = [number for number in range(2, 60) if all(number % smaller for smaller in range(2, number))]
+    pattern = union(*(Near(2, dilation=prime) for prime in primes))
+    query = torch.randn(1, 120, 1, 8)
+    assert math.prod(primes) > 2**63
+    found = vicinal.attention(query, query, query, pattern, backend="cpu")
+    torch.testing.assert_close(found, vicinal.attention(query, query, query, pattern, backend="reference"))
 
 
 def test_record_that_contradicts_itself_is_an_error_and_not_a_crash() -> None:
