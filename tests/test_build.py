@@ -49,7 +49,7 @@ class Environment:
         (own / "outer.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
     def run(self, *arguments: str, cwd: Path | None = None, **variables: str) -> str:
-        left_out = ("PYTHONPATH", "VICINAL_CPU_LIBRARY")
+        left_out = ("PYTHONPATH", "VICINAL_CPU_LIBRARY", "VICINAL_REQUIRE_LIBRARY")
         inherited = {name: value for name, value in os.environ.items() if name not in left_out}
         done = subprocess.run(
             [str(self.python), *arguments],
