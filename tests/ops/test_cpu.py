@@ -217,9 +217,10 @@ def test_description_counts_the_pairs(pattern: Any, strategy: str, forced: Force
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installation without the library."""
-    from vicinal.ops import resolve
+    from vicinal.ops import api, resolve
 
     def forget() -> None:
+        api._KNOWN.clear()
         for remembered in (library.load, library.reason_missing, backends._warn_of_slow_path, resolve._choose):
             remembered.cache_clear()
 

@@ -43,10 +43,14 @@ def _inputs(tensors: Sequence[torch.Tensor | None], layout: Sequence[int], scale
     return Inputs(query, key, value, tables, bias, extra_key, extra_value, extra_lengths, Layout.unpack(layout), scale)
 
 
-def _attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend_now(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *tensors, layout, scale, name = arguments
+    return backend.find(name).forward(_inputs(tensors, layout, scale))
+
+
+def _attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     with below_autocast():
-        return backend.find(name).forward(_inputs(tensors, layout, scale))
+        return _attend_now(*arguments)
 
 
 def attend_plain(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,10 +109,25 @@ class _Attend(torch.autograd.Function):
         return (None, *_differentiate(ctx, grad_out, grad_lse))
 
 
+_IS_PLAIN: dict[int, bool] = {}
+"""For a set of dispatch keys, whether a kernel for the CPU is all that is left below autograd."""
+
+
+def _is_plain(keyset: Any) -> bool:
+    raw = keyset.raw_repr()
+    known = _IS_PLAIN.get(raw)
+    if known is None:
+        below = keyset & torch._C._after_ADInplaceOrView_keyset
+        known = _IS_PLAIN[raw] = below.highestPriorityTypeId() == torch._C.DispatchKey.CPU
+    return known
+
+
 def _below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> Any:
-    if (keyset & torch._C._after_ADInplaceOrView_keyset).highestPriorityTypeId() == torch._C.DispatchKey.CPU:
+    if _is_plain(keyset):
         # nothing stands between here and the kernel, neither a mode nor a subclass: a trip through the dispatcher
         # would only turn all arguments into C++ values and back, which takes longer than a tiny problem
+        if arguments[-1] == "cpu":  # calls no operation of torch that autograd or autocast could reach into
+            return _attend_now(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return _attend(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
