@@ -1,0 +1,147 @@
+"""Whole models on this machine: inference and a training step at 224 pixels, and where a training step's time goes.
+
+    python benchmarks/models.py --batches 1 8
+
+Our Swin-Tiny beside timm's and transformers' (the same architecture, random weights, no drop path), and NAT-Tiny and
+DiNAT-Tiny per multiply-add beside our Swin. Everybody takes turns in one run. Writes benchmarks/results/models.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import vicinal
+from vicinal.layers.cost import cost
+from vicinal.measure import machine, timing
+from vicinal.measure.peers.installed import mend_torchvision
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "models.json"
+OURS = ("swin_tiny", "nat_tiny", "dinat_tiny")
+PARTS = {
+    "attention": ("vicinal::attend",),
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "convolutions": ("convolution", "conv2d"),
+    "norms": ("layer_norm",),
+    "activations": ("gelu",),
+    "optimizer": ("_foreach", "_fused_adam"),
+    "copies": ("aten::copy_", "aten::clone", "aten::contiguous", "aten::cat"),
+}
+"""Parts of a step, by what an operation's name holds; the first that fits counts."""
+
+
+class Logits(nn.Module):
+    """A model of transformers as a function of images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images).logits
+
+
+def models() -> dict[str, nn.Module]:
+    """Ours and the others', by name."""
+    mend_torchvision()
+    import timm
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(drop_path_rate=0.0, num_labels=1000)
+    return {
+        **{name: vicinal.create_model(name, drop_path_rate=0.0) for name in OURS},
+        "timm swin_tiny": timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0),
+        "transformers swin_tiny": Logits(SwinForImageClassification(config)),
+    }
+
+
+def inference(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
+    """One forward pass without gradients."""
+
+    def call() -> None:
+        model.eval()
+        with torch.inference_mode():
+            model(images)
+
+    return call
+
+
+def training_step(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
+    """Forward, loss, backward, one step of AdamW."""
+    labels = torch.arange(len(images)) % 1000
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def call() -> None:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return call
+
+
+def shares(call: Callable[[], Any]) -> dict[str, float]:
+    """Which part of a call's time goes where, from torch's profiler: time within operations, callees left out."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    total, parts = 0.0, dict.fromkeys([*PARTS, "the rest"], 0.0)
+    for event in recorded.key_averages():
+        own = event.self_cpu_time_total
+        name = next((part for part, words in PARTS.items() if any(word in event.key for word in words)), "the rest")
+        parts[name] += own
+        total += own
+    return {name: round(own / total, 4) for name, own in sorted(parts.items(), key=lambda item: -item[1])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for one row")
+    parser.add_argument("--size", type=int, default=224)
+    options = parser.parse_args()
+    built = models()
+    macs = {name: cost(built[name], 1, 3, options.size, options.size).nominal for name in OURS}
+    result: dict[str, Any] = {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "load_average": os.getloadavg()[0],
+        "multiply_adds": macs,
+        "rows": [],
+        "shares": {},
+    }
+    for batch in options.batches:
+        images = torch.randn(batch, 3, options.size, options.size)
+        for kind, make in (("inference", inference), ("training step", training_step)):
+            calls = {name: make(model, images) for name, model in built.items()}
+            timings = timing.compare(calls, seconds=options.seconds, device=torch.device("cpu"))
+            ours = timings["swin_tiny"]
+            row: dict[str, Any] = {"kind": kind, "batch": batch}
+            row["median_ms"] = {name: round(found.median_ms, 2) for name, found in timings.items()}
+            row["swin_tiny_faster_than"] = {
+                name: round(ours.speedup_over(found), 3) for name, found in timings.items() if name not in OURS
+            }
+            row["per_multiply_add_vs_our_swin"] = {
+                name: round(ours.speedup_over(timings[name]) ** -1 * macs[name] / macs["swin_tiny"], 3)
+                for name in OURS[1:]
+            }
+            result["rows"].append(row)
+            print(json.dumps(row))
+    for name in OURS:
+        result["shares"][name] = shares(training_step(built[name], torch.randn(2, 3, options.size, options.size)))
+        print(name, result["shares"][name])
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"saved as {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
