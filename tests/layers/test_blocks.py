@@ -22,6 +22,7 @@ from vicinal.layers.convolution import (
     RecursiveGate,
 )
 from vicinal.layers.cost import cost
+from vicinal.layers.deformable import DeformableMerging
 from vicinal.layers.initialization import fan_out, initialize, truncated
 from vicinal.layers.mlp import Mlp
 from vicinal.layers.norm import GridBatchNorm, GridGroupNorm, Modulated
@@ -312,3 +313,15 @@ def test_drop_path_keeps_its_rate_in_half_precision():
 def test_a_drop_path_rate_that_is_no_probability_is_refused():
     with pytest.raises(ValueError, match=r"drop_path_rate must be a probability .* got 1.5"):
         drop_rates((2, 2), 1.5)
+
+
+def test_deformable_merging_finds_its_places_in_half_precision():
+    torch.manual_seed(0)
+    half = DeformableMerging(8, 16).eval()
+    nn.init.uniform_(half.offset.bias, -1, 1)
+    half.to(torch.bfloat16)
+    exact = copy.deepcopy(half).double()
+    inputs = torch.randn(1, 60, 60, 8, dtype=torch.bfloat16)
+    expected = exact(inputs.double())
+    error = (half(inputs).double() - expected).square().mean().sqrt()
+    assert error < 2**-6 * expected.square().mean().sqrt()
