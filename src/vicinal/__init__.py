@@ -89,3 +89,8 @@ def __getattr__(name: str) -> Any:
         globals()[name] = getattr(registry, name)
         return globals()[name]
     raise AttributeError(f"module 'vicinal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Every public name, imported already or not."""
+    return sorted({*globals(), *__all__})

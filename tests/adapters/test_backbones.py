@@ -77,3 +77,8 @@ def test_dense_models_take_it(name):
             logits = model(torch.randn(1, 3, 64, 64)).masks_queries_logits
             assert logits.shape == (1, 4, 16, 16)
     assert logits.isfinite().all()
+
+
+def test_maps_may_be_counted_from_the_end():
+    backbone = VicinalBackbone(config(out_indices=[2, -1])).eval()
+    assert [features.shape[1] for features in backbone(torch.randn(1, 3, 64, 64)).feature_maps] == [32, 128]

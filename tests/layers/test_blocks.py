@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,8 +14,15 @@ from vicinal.layers.attention import PatternAttention
 from vicinal.layers.block import Block, DropPath, drop_rates
 from vicinal.layers.channel_attention import ChannelAttention
 from vicinal.layers.combine import Parallel, SplitChannels, SplitHeads
-from vicinal.layers.convolution import Depthwise, FocalModulation, PoolingDifference, RecursiveGate
+from vicinal.layers.convolution import (
+    Depthwise,
+    FocalModulation,
+    LargeKernelAttention,
+    PoolingDifference,
+    RecursiveGate,
+)
 from vicinal.layers.cost import cost
+from vicinal.layers.deformable import DeformableMerging
 from vicinal.layers.initialization import fan_out, initialize, truncated
 from vicinal.layers.mlp import Mlp
 from vicinal.layers.norm import GridBatchNorm, GridGroupNorm, Modulated
@@ -21,7 +30,7 @@ from vicinal.layers.pooled import AveragePool, PooledAttention, Reduce
 from vicinal.layers.tags import Tag, parameter_groups, parameter_tags, set_group, tag
 from vicinal.layers.tokens import LearnedPositions
 from vicinal.layers.windowed import WindowedDepthwise
-from vicinal.pattern import Full, Near, Window
+from vicinal.pattern import Full, Halo, Near, Window
 
 
 class Times(nn.Module):
@@ -239,3 +248,80 @@ def test_initialization_draws_what_it_is_told():
     assert model[2].rpb.std() > 0.2
     initialize(model, convolution=fan_out)
     assert abs(model[1].weight.std().item() - (2 / 9) ** 0.5) < 0.05
+
+
+GRIDS = [(13,), (5, 6), (3, 4, 5)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rank: LargeKernelAttention(8, rank=rank),
+        lambda rank: RecursiveGate(8, 3, rank=rank),
+        lambda rank: FocalModulation(8, 2, rank=rank),
+        lambda rank: Parallel(PoolingDifference(3), Depthwise(8, rank=rank), use_weights=True),
+        lambda rank: PooledAttention(8, 2, AveragePool(2)),
+        lambda rank: nn.Sequential(LearnedPositions((4,) * rank, 8), GridGroupNorm(8), GridBatchNorm(8)),
+    ],
+    ids=["large kernel", "gate", "focal", "pooling", "pooled", "norms"],
+)
+def test_mixers_and_norms_in_every_rank(make, grid):
+    module, inputs = make(len(grid)), torch.randn(2, *grid, 8)
+    out = module(inputs)
+    assert out.shape == inputs.shape
+    out.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_pooling_difference_is_the_same_rule_in_every_rank():
+    ramp = torch.arange(7.0)[None, :, None]
+    expected = PoolingDifference(3)(ramp)
+    assert torch.equal(PoolingDifference(3)(ramp[:, :, None]), expected[:, :, None])
+    assert torch.equal(PoolingDifference(3)(ramp[:, None, :, None]), expected[:, None, :, None])
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        PoolingDifference(2)
+
+
+def test_group_norm_trains_behind_a_frozen_input():
+    # in a process of its own: torch's group norm ended it
+    program = (
+        "import torch; from vicinal.layers.norm import GridGroupNorm; norm = GridGroupNorm(32); "
+        "norm(torch.randn(2, 5, 7, 32)).sum().backward(); print(norm.weight.grad.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "torch.Size([32])\n", done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_cost_of_a_model_in_another_precision(dtype):
+    assert cost(nn.Conv2d(3, 4, 2).to(dtype), 1, 3, 8, 8) == cost(nn.Conv2d(3, 4, 2), 1, 3, 8, 8)
+
+
+def test_nominal_cost_of_a_halo_counts_the_block_and_both_sides():
+    found = cost(PatternAttention(8, 1, Halo(2, 1), rank=1), 1, 12, 8)
+    assert found.nominal - 12 * 4 * 64 == 12 * 4 * 2 * 8
+    assert found.exact < found.nominal
+
+
+def test_drop_path_keeps_its_rate_in_half_precision():
+    torch.manual_seed(0)
+    kept = DropPath(0.001).train()(torch.ones(200_000, 1, dtype=torch.bfloat16)).count_nonzero().item()
+    assert 100 < 200_000 - kept < 300
+
+
+def test_a_drop_path_rate_that_is_no_probability_is_refused():
+    with pytest.raises(ValueError, match=r"drop_path_rate must be a probability .* got 1.5"):
+        drop_rates((2, 2), 1.5)
+
+
+def test_deformable_merging_finds_its_places_in_half_precision():
+    torch.manual_seed(0)
+    half = DeformableMerging(8, 16).eval()
+    nn.init.uniform_(half.offset.bias, -1, 1)
+    half.to(torch.bfloat16)
+    exact = copy.deepcopy(half).double()
+    inputs = torch.randn(1, 60, 60, 8, dtype=torch.bfloat16)
+    expected = exact(inputs.double())
+    error = (half(inputs).double() - expected).square().mean().sqrt()
+    assert error < 2**-6 * expected.square().mean().sqrt()

@@ -10,6 +10,7 @@ from torch import nn
 
 import vicinal
 from vicinal import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+from vicinal.layers.tags import parameter_tags
 from vicinal.pattern import Near
 
 MODULES = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
@@ -205,3 +206,8 @@ def test_module_refuses_what_means_nothing(given: dict[str, Any], message: str) 
 def test_module_refuses_inputs_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"inputs must be \[batch, height, width, 8\], got"):
         NeighborhoodAttention2D(8, 2, 3)(torch.randn(shape))
+
+
+def test_bias_is_tagged_as_one() -> None:
+    tags = parameter_tags(NeighborhoodAttention2D(32, 2, 3, rel_pos_bias=True))
+    assert (tags["rpb"].role, tags["rpb"].weight_decay) == ("position_bias", False)

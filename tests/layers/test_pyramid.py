@@ -89,3 +89,16 @@ def test_merging_takes_the_four_tokens_down_the_column_first():
     nn.init.eye_(merging.reduction.weight)
     assert merging(torch.arange(4.0).reshape(1, 2, 2, 1)).flatten().tolist() == [0.0, 2.0, 1.0, 3.0]
     assert merging(torch.ones(1, 3, 5, 1)).shape == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_fresh_classifier_keeps_the_models_precision(dtype):
+    head = Head(8, 10).to(dtype)
+    head.reset(3)
+    assert head(torch.ones(1, 4, 4, 8, dtype=dtype), None).dtype == dtype
+
+
+@pytest.mark.parametrize("classes", ["10", 2.5])
+def test_classes_that_are_no_number_are_refused(classes):
+    with pytest.raises(ValueError, match="num_classes must be a whole number"):
+        Head(8, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import urllib.error
 
@@ -77,12 +78,20 @@ def test_no_network_is_one_sentence(source, monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.*"))
 
 
+class Answer(io.BytesIO):
+    """What `urlopen` gives."""
+
+    def __init__(self, content, promised=None):
+        super().__init__(content)
+        self.headers = {"Content-Length": str(len(content) if promised is None else promised)}
+
+
 def test_what_was_downloaded_is_kept(monkeypatch, tmp_path):
     asked = []
 
     def answer(address, timeout):
         asked.append(address)
-        return open(tmp_path / "there.pth", "rb")
+        return Answer((tmp_path / "there.pth").read_bytes())
 
     torch.save(STATE, tmp_path / "there.pth")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -95,3 +104,58 @@ def test_what_was_downloaded_is_kept(monkeypatch, tmp_path):
 def test_a_path_that_is_none_is_refused():
     with pytest.raises(ValueError, match="no file"):
         checkpoint.find("nowhere/weights.pth")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model."])
+def test_what_stands_around_a_model_comes_off(prefix):
+    assert set(checkpoint.unwrap({f"{prefix}{name}": tensor for name, tensor in STATE.items()}).state) == set(STATE)
+
+
+def test_a_prefix_that_some_names_lack_belongs_to_them():
+    mixed = {"model.a": torch.ones(1), "b": torch.ones(1)}
+    assert set(checkpoint.unwrap(mixed).state) == set(mixed)
+
+
+def test_a_container_without_tensors_is_passed_over():
+    assert set(checkpoint.unwrap({"model": {"name": "nat"}, "state_dict": STATE}).state) == set(STATE)
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    ring = {}
+    ring["model"] = ring
+    torch.save(ring, tmp_path / "ring.pth")
+    with pytest.raises(ValueError, match="no named tensors"):
+        checkpoint.read(tmp_path / "ring.pth")
+
+
+def test_names_that_are_no_text_are_left_out():
+    assert set(checkpoint.unwrap({0: torch.ones(1), "a": torch.ones(1)}).state) == {"a"}
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello world, this is no checkpoint\n", b"c\x8d\xff\n.", b"\x80\x04K", b"", b"PK\x03\x04"], ids=repr
+)
+def test_bytes_that_are_no_checkpoint_are_a_sentence(content, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.pth cannot be read as plain weights"):
+        checkpoint.read(tmp_path / "weights.pth")
+
+
+def test_a_refusal_names_the_object_and_does_not_advise_to_run_it(tmp_path):
+    torch.save({"model": STATE, "more": Evil()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"it holds posix\.mkdir, not only tensors") as caught:
+        checkpoint.read(tmp_path / "weights.pth")
+    assert "False" not in str(caught.value)
+
+
+def test_safetensors_under_another_name_are_read(tmp_path):
+    save_file(STATE, tmp_path / "weights.bin")
+    assert set(checkpoint.read(tmp_path / "weights.bin").state) == set(STATE)
+
+
+def test_a_download_that_ends_early_is_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(checkpoint, "urlopen", lambda address, timeout: Answer(b"half", promised=100))
+    with pytest.raises(ConnectionError, match="only 4 of 100 bytes came"):
+        checkpoint.find("https://example.org/w.pth")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

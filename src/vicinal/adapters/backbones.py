@@ -68,7 +68,8 @@ class VicinalBackbone(BackboneMixin, PreTrainedModel):
     def __init__(self, config: VicinalBackboneConfig) -> None:
         super().__init__(config)
         self.num_features = [config.feature_channels[0], *config.feature_channels]
-        stages = [index - 1 for index in config.out_indices]
+        # transformers counts from the end too
+        stages = [index % len(config.stage_names) - 1 for index in config.out_indices]
         features = registry.create_model(
             config.name, features_only=True, stages=stages, use_norms=config.use_norms, **config.options
         )

@@ -33,7 +33,8 @@ class DropPath(nn.Module):
             return inputs
         keep = 1.0 - self.drop_rate
         shape = (inputs.shape[0], *(1,) * (inputs.dim() - 1))
-        return inputs * (torch.rand(shape, device=inputs.device, dtype=inputs.dtype) < keep).to(inputs.dtype) / keep
+        # drawn in single precision: half precision has too few numbers between 0 and 1 for small rates
+        return inputs * (torch.rand(shape, device=inputs.device) < keep).to(inputs.dtype) / keep
 
     def extra_repr(self) -> str:
         """What `print` shows of the module."""
@@ -134,6 +135,8 @@ def drop_rates(depths: Sequence[int], last: float) -> list[list[float]]:
     >>> drop_rates((1, 2), 0.2)
     [[0.0], [0.1, 0.2]]
     """
+    if not 0.0 <= last < 1.0:
+        raise ValueError(f"drop_path_rate must be a probability in 0 <= p < 1, got {last}")
     total = sum(depths)
     rates = [last * index / max(total - 1, 1) for index in range(total)]
     starts = [sum(depths[:stage]) for stage in range(len(depths))]

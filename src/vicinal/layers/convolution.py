@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from vicinal.layers.channels import channels_first, channels_last
+from vicinal.layers.channels import average_pool, channels_first, channels_last
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -41,11 +41,17 @@ class PoolingDifference(nn.Module):
 
     def __init__(self, kernel_size: int = 3) -> None:
         super().__init__()
-        self.pool = nn.AvgPool2d(kernel_size, stride=1, padding=kernel_size // 2, count_include_pad=False)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd to keep the grid, got {kernel_size}")
+        self.kernel_size = kernel_size
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[batch, height, width, dim]` to the same shape."""
-        return channels_last(self.pool(channels_first(inputs))) - inputs
+        """`[batch, *grid, dim]` to the same shape."""
+        return average_pool(inputs, self.kernel_size, stride=1, padding=self.kernel_size // 2) - inputs
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the module."""
+        return f"kernel_size={self.kernel_size}"
 
 
 class LargeKernelAttention(nn.Module):
@@ -55,17 +61,17 @@ class LargeKernelAttention(nn.Module):
     torch.Size([1, 5, 6, 8])
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, rank: int = 2) -> None:
         super().__init__()
         self.proj_in = nn.Linear(dim, dim)
         self.act = nn.GELU()
-        self.near = Depthwise(dim, 5)
-        self.far = Depthwise(dim, 7, dilation=3)
+        self.near = Depthwise(dim, 5, rank=rank)
+        self.far = Depthwise(dim, 7, dilation=3, rank=rank)
         self.point = nn.Linear(dim, dim)
         self.proj_out = nn.Linear(dim, dim)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[batch, height, width, dim]` to the same shape; the input is added, inside the block's own residual."""
+        """`[batch, *grid, dim]` to the same shape; the input is added, inside the block's own residual."""
         inner = self.act(self.proj_in(inputs))
         result: torch.Tensor = self.proj_out(inner * self.point(self.far(self.near(inner)))) + inputs
         return result
@@ -78,21 +84,21 @@ class RecursiveGate(nn.Module):
     torch.Size([1, 5, 6, 16])
     """
 
-    def __init__(self, dim: int, order: int, *, kernel_size: int = 7, scale: float = 1.0) -> None:
+    def __init__(self, dim: int, order: int, *, kernel_size: int = 7, scale: float = 1.0, rank: int = 2) -> None:
         super().__init__()
         if order < 1 or dim % 2 ** (order - 1):
             raise ValueError(f"order must be at least 1 and 2 ** (order - 1) divide {dim} channels, got {order}")
         self.dims = [dim // 2**power for power in reversed(range(order))]
         self.scale = scale
         self.proj_in = nn.Linear(dim, 2 * dim)
-        self.depthwise = Depthwise(sum(self.dims), kernel_size)
+        self.depthwise = Depthwise(sum(self.dims), kernel_size, rank=rank)
         self.widen = nn.ModuleList(
             nn.Linear(narrow, wide) for narrow, wide in zip(self.dims[:-1], self.dims[1:], strict=True)
         )
         self.proj_out = nn.Linear(dim, dim)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[batch, height, width, dim]` to the same shape."""
+        """`[batch, *grid, dim]` to the same shape."""
         gate, rest = self.proj_in(inputs).split((self.dims[0], sum(self.dims)), -1)
         first, *others = (self.depthwise(rest) * self.scale).split(self.dims, -1)
         out = gate * first
@@ -109,23 +115,24 @@ class FocalModulation(nn.Module):
     torch.Size([1, 5, 6, 16])
     """
 
-    def __init__(self, dim: int, levels: int, window: int = 3) -> None:
+    def __init__(self, dim: int, levels: int, window: int = 3, *, rank: int = 2) -> None:
         super().__init__()
         self.dim, self.levels = dim, levels
         self.proj_in = nn.Linear(dim, 2 * dim + levels + 1)
-        self.contexts = nn.ModuleList(Depthwise(dim, window + 2 * level, bias=False) for level in range(levels))
+        sizes = [window + 2 * level for level in range(levels)]
+        self.contexts = nn.ModuleList(Depthwise(dim, size, bias=False, rank=rank) for size in sizes)
         self.act = nn.GELU()
         self.modulator = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[batch, height, width, dim]` to the same shape."""
+        """`[batch, *grid, dim]` to the same shape."""
         query, context, gates = self.proj_in(inputs).split((self.dim, self.dim, self.levels + 1), -1)
         total = torch.zeros_like(query)
         for level, layer in enumerate(self.contexts):
             context = self.act(layer(context))
             total = total + context * gates[..., level, None]
-        whole = self.act(context.mean((1, 2), keepdim=True))
+        whole = self.act(context.mean(tuple(range(1, context.dim() - 1)), keepdim=True))
         total = total + whole * gates[..., self.levels, None]
         result: torch.Tensor = self.proj(query * self.modulator(total))
         return result

@@ -40,7 +40,7 @@ def cost(module: nn.Module, *input_shape: int) -> Cost:
         child.register_forward_hook(hook) for child in shadow.modules() if (hook := _hook(child, total)) is not None
     ]
     with torch.no_grad():
-        shadow(torch.empty(input_shape, device="meta"))
+        shadow(torch.empty(input_shape, device="meta", dtype=next((p.dtype for p in module.parameters()), None)))
     for handle in handles:
         handle.remove()
     return Cost(sum(parameters.values()), *total)

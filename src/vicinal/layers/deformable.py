@@ -34,14 +34,16 @@ class DeformableMerging(nn.Module):
         """`[batch, height, width, in_dim]` to `[batch, ceil(height / 2), ceil(width / 2), dim]`."""
         maps = channels_first(pad_grid(inputs, [length + length % 2 for length in inputs.shape[1:-1]])).contiguous()
         height, width = maps.shape[2:]
-        offsets = self.offset(maps).float()  # places need more digits than half precision has
+        precise = torch.promote_types(maps.dtype, torch.float32)  # places need more digits than half precision has
+        offsets = self.offset(maps).to(precise)
         taps = []
         for tap in range(4):
             rows = torch.arange(tap // 2, height, 2, device=maps.device)[:, None] + offsets[:, 2 * tap]
             columns = torch.arange(tap % 2, width, 2, device=maps.device) + offsets[:, 2 * tap + 1]
             # grid_sample counts from -1 to 1, and takes the column first
             places = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], -1)
-            taps.append(nn.functional.grid_sample(maps, places.to(maps.dtype), align_corners=False))
+            found = nn.functional.grid_sample(maps.to(places.dtype), places, align_corners=False)
+            taps.append(found.to(maps.dtype))
         weight = self.weight.flatten(2).permute(0, 2, 1).flatten(1)
         merged = nn.functional.conv2d(torch.cat(taps, 1), weight[..., None, None], self.bias)
         return channels_last(self.act(self.norm(merged)))

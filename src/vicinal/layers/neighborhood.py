@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vicinal.layers.attention import crop_grid, pad_grid
+from vicinal.layers.tags import POSITION_BIAS, tag
 from vicinal.layers.words import padded
 from vicinal.ops.api import attention
 from vicinal.ops.na import neighborhood, on_each_axis
@@ -65,6 +66,7 @@ class _NeighborhoodAttention(nn.Module):
         self.rpb: nn.Parameter | None = None
         if rel_pos_bias:
             self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * size - 1 for size in self.kernel_size)))
+            tag(self, rpb=POSITION_BIAS)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vicinal.layers.channels import channels_first, channels_last
+from vicinal.layers.channels import average_pool, channels_first, channels_last
 from vicinal.layers.words import AnyPattern, at
 from vicinal.ops.api import attention
 from vicinal.pattern.axis import Full
@@ -102,9 +102,8 @@ class AveragePool(nn.Module):
         self.size = size
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[batch, height, width, dim]` to the means of blocks."""
-        pooled = nn.functional.avg_pool2d(channels_first(inputs), self.size, ceil_mode=True, count_include_pad=False)
-        return channels_last(pooled)
+        """`[batch, *grid, dim]` to the means of blocks."""
+        return average_pool(inputs, self.size, stride=self.size, ceil_mode=True)
 
     def key_grid(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The grid that is left of `grid`."""

@@ -78,9 +78,12 @@ class Head(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """A fresh linear layer for other classes; 0 for none."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-        self.classifier = nn.Linear(self.dim, num_classes) if num_classes else None
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be a whole number of at least 0, got {num_classes!r}")
+        # a model that was moved or cast keeps its place and its precision; a norm without weights leaves the defaults
+        like = next(self.parameters(), None)
+        device, dtype = (None, None) if like is None else (like.device, like.dtype)
+        self.classifier = nn.Linear(self.dim, num_classes, device=device, dtype=dtype) if num_classes else None
         if self.classifier is not None:
             nn.init.trunc_normal_(self.classifier.weight, std=0.02)
             nn.init.zeros_(self.classifier.bias)
@@ -179,9 +182,10 @@ class Features(nn.Module):
     def __init__(self, model: Pyramid, stages: Sequence[int] | None = None, *, use_norms: bool = False) -> None:
         super().__init__()
         count = len(model.stages)
-        chosen = tuple(range(count)) if stages is None else tuple(stages)
-        if not chosen or any(not 0 <= stage < count for stage in chosen) or sorted(set(chosen)) != list(chosen):
-            raise ValueError(f"stages must be rising numbers from 0 to {count - 1}, got {stages}")
+        given: object = range(count) if stages is None else stages
+        chosen = tuple(stage for stage in range(count) if isinstance(given, Sequence) and stage in given)
+        if not chosen or not isinstance(given, Sequence) or list(given) != list(chosen):
+            raise ValueError(f"stages must be rising numbers from 0 to {count - 1}, got {stages!r}")
         self.chosen = chosen
         self.in_channels = model.in_channels
         self.stem = model.stem
@@ -194,6 +198,9 @@ class Features(nn.Module):
             )
         kept = set(self.state_dict())
         self.left_out = tuple(name for name in model.state_dict() if name not in kept)
+        if use_norms:  # files of the whole backbone have the other norms too
+            others = [stage for stage in range(count) if stage not in chosen]
+            self.left_out += tuple(f"norms.{stage}.{part}" for stage in others for part in ("weight", "bias"))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The chosen maps."""

@@ -115,5 +115,6 @@ class LearnedPositions(nn.Module):
         grid = tuple(inputs.shape[1:-1])
         if grid == tuple(self.table.shape[:-1]):
             return inputs + self.table
-        resized = nn.functional.interpolate(channels_first(self.table[None]), size=grid, mode="bilinear")
+        mode = ("linear", "bilinear", "trilinear")[len(grid) - 1]
+        resized = nn.functional.interpolate(channels_first(self.table[None]), size=grid, mode=mode)
         return inputs + channels_last(resized)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-from vicinal.pattern.axis import AxisKind, Grid, Near, Window
+from vicinal.pattern.axis import AxisKind, Grid, Halo, Near, Window
 from vicinal.pattern.compose import Heads, Pattern, Union, pattern_parts
 
 
@@ -147,5 +147,7 @@ def _nominal_keys(kind: AxisKind, length: int) -> int:
         return min(kind.kernel_size, length)
     if isinstance(kind, Window | Grid):
         return min(kind.size, length)
+    if isinstance(kind, Halo):
+        return min(kind.block + 2 * kind.halo, length)
     table = kind.bias_length(length)
     return length if table is None else min(length, (table + 1) // 2)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,7 +18,13 @@ import torch
 from vicinal.models.layout import State
 
 _CONTAINERS = ("model", "state_dict", "state_dict_ema", "model_state_dict")
-_PREFIXES = ("module.", "backbone.", "encoder.backbone.", "model.pixel_level_module.encoder.")
+_WHOLE_PREFIXES = ("module.", "_orig_mod.", "model.")
+"""Taken off where every name has it: what parallel training, compilation and Lightning put around a model."""
+
+_PREFIXES = ("backbone.", "encoder.backbone.", "model.pixel_level_module.encoder.")
+_DEEPEST = 4
+"""Containers in containers that are looked into; a pickle may hold itself."""
+
 _ENDINGS = (".pth", ".pt", ".bin", ".safetensors", ".tar", ".pkl", ".ckpt")
 
 
@@ -39,22 +46,37 @@ def read(path: str | Path) -> Checkpoint:
     ('["model"]', 'module.')
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    with path.open("rb") as file:
+        start = file.read(9)
+    # a safetensors file begins with the length of its header, 8 bytes, and the header, whatever its name says
+    content = _read_safetensors(path) if path.suffix == ".safetensors" or start[8:] == b"{" else _read_torch(path)
+    return unwrap(content)
 
-        try:
-            return unwrap(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from None
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about protocols and archives; what is wrong is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - bytes that are no checkpoint make the unpickler raise nearly anything
+        # torch's own words would advise to run what is in the file
+        objects = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds {objects[1]}, not only tensors" if objects else "it is none, or damaged"
         raise ValueError(
             f"{path} cannot be read as plain weights ({reason}); save its tensors alone, with torch.save or safetensors"
         ) from None
-    return unwrap(content)
 
 
 def unwrap(content: Any) -> Checkpoint:
@@ -63,24 +85,37 @@ def unwrap(content: Any) -> Checkpoint:
     >>> unwrap({"state_dict": {"backbone.a": torch.ones(1), "decode_head.b": torch.ones(1)}}).state.keys()
     dict_keys(['a'])
     """
-    wrappers = []
-    while isinstance(content, Mapping):
-        inner = next((name for name in _CONTAINERS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = content[inner]
-        wrappers.append(f'["{inner}"]')
+    wrappers: list[str] = []
+    state = _tensors(content, wrappers)
     if not isinstance(content, Mapping):
         raise ValueError(f"a checkpoint must hold named tensors, got {type(content).__name__}")
-    state = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     if not state:
-        raise ValueError("the checkpoint holds no tensors")
+        raise ValueError("the checkpoint holds no named tensors")
+    for prefix in _WHOLE_PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            wrappers.append(prefix)
     for prefix in _PREFIXES:  # once each: the heads of a detector, which have another name, are left out
         inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         if inside:
             state = inside
             wrappers.append(prefix)
     return Checkpoint(state, tuple(wrappers))
+
+
+def _tensors(content: Any, wrappers: list[str], depth: int = 0) -> State:
+    """The named tensors in the innermost container; a container without any (a configuration) is passed over."""
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
+        return {}
+    for name in _CONTAINERS:
+        inner: list[str] = []
+        found = _tensors(content.get(name), inner, depth + 1)
+        if found:
+            wrappers += [f'["{name}"]', *inner]
+            return found
+    return {
+        name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
 
 
 def find(source: str | Path) -> Path:
@@ -105,14 +140,26 @@ def _download(addresses: list[str]) -> Path:
         if target.is_file():
             return target
         try:
-            with urlopen(address, timeout=20) as answer:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
-                    while piece := answer.read(1 << 20):
-                        part.write(piece)
-            return Path(part.name).rename(target)
-        except (URLError, TimeoutError, ConnectionError) as error:
+            return _fetch(address, target)
+        except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
             reason = getattr(error, "reason", error)
     raise ConnectionError(
         f"cannot download {addresses[0]} ({reason}); fetch it by hand and give its path as pretrained"
     )
+
+
+def _fetch(address: str, target: Path) -> Path:
+    """Download to `target`, which is there only when all of it is."""
+    with urlopen(address, timeout=20) as answer:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as part:
+            try:
+                while piece := answer.read(1 << 20):
+                    part.write(piece)
+                promised = answer.headers["Content-Length"]
+                if promised is not None and part.tell() != int(promised):  # a cut connection ends without an error
+                    raise ConnectionError(f"only {part.tell()} of {promised} bytes came")
+            except BaseException:
+                Path(part.name).unlink()
+                raise
+    return Path(part.name).rename(target)

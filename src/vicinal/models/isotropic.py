@@ -56,6 +56,11 @@ VARIANTS = {
 def build(config: IsotropicConfig) -> Pyramid:
     """The model of a configuration, with fresh weights."""
     dim, side = config.dim, config.image_size // config.patch_size
+    if side < 1 or not config.patterns:
+        raise ValueError(
+            f"image_size must hold a patch of {config.patch_size} and patterns one pattern at least, "
+            f"got image_size={config.image_size}, patterns={config.patterns}"
+        )
     mixer = partial(PatternAttention, dim, config.num_heads, rel_pos_bias=True, table_grid=(side, side))
     blocks = [
         Block(

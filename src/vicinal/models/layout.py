@@ -198,7 +198,12 @@ def to_ours(layout: Layout, theirs: Mapping[str, torch.Tensor], shapes: Mapping[
             missing += absent
             continue
         wanted = [shapes[name] for name in pair.ours]
-        made = pair.how.ours([given[name] for name in pair.theirs], wanted)
+        try:
+            made = pair.how.ours([given[name] for name in pair.theirs], wanted)
+        except (RuntimeError, ValueError, IndexError):  # of shapes that cannot even be put together
+            had = [tuple(given[name].shape) for name in pair.theirs]
+            misshapen.append(f"{layout.name(pair.theirs[0])}: {had} for {[tuple(shape) for shape in wanted]}")
+            continue
         for name, tensor, shape in zip(pair.ours, made, wanted, strict=True):
             state[name] = tensor
             if tensor.shape != shape:

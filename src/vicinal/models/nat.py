@@ -101,7 +101,8 @@ def dilated(
             f'dilations must be one of {", ".join(presets)}, "max", or a list per level, got {dilations!r}'
         )
     levels = presets[dilations] if isinstance(dilations, str) else dilations
-    if len(levels) != len(depths) or not all(levels):
+    are_lists = isinstance(levels, Sequence) and all(isinstance(level, Sequence) and level for level in levels)
+    if not are_lists or len(levels) != len(depths):
         raise ValueError(f"dilations must be {len(depths)} lists, one per level, got {dilations!r}")
     return [
         [near(kernel_size, level[layer % len(level)]) for layer in range(depth)]

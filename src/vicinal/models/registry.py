@@ -41,7 +41,8 @@ MODULES = (
 NEAREST = 6
 """How many models `identify` compares with a checkpoint key by key."""
 
-_SIZES = {"kernel_size", "window_size", "image_size"}
+_SIZES = {"kernel_size", "window_size", "image_size", "size", "patterns"}
+"""Options that change the size of a position bias."""
 
 
 @cache
@@ -70,7 +71,7 @@ def config_of(name: str, **overrides: Any) -> Any:
     5
     """
     if name not in families():
-        near = difflib.get_close_matches(name, families(), n=3)
+        near = difflib.get_close_matches(str(name).lower().replace("-", "_"), families(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_models())}"
         raise ValueError(f"there is no model {name!r}; {hint}")
     config = families()[name].variants[name]
@@ -78,7 +79,16 @@ def config_of(name: str, **overrides: Any) -> Any:
     unknown = [key for key in overrides if key not in fields]
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(fields)}")
-    return dataclasses.replace(config, **overrides)
+    changed = dataclasses.replace(config, **overrides)
+    levels = {key: len(value) for key in fields if _is_per_level(value := getattr(changed, key))}
+    if len(set(levels.values())) > 1:
+        told = ", ".join(f"{key} {getattr(changed, key)}" for key in levels)
+        raise ValueError(f"{name}: as many numbers are needed in each of these, one per stage: {told}")
+    return changed
+
+
+def _is_per_level(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(number, int | float) for number in value)
 
 
 def create_model(
@@ -100,7 +110,7 @@ def create_model(
         pretrained: a checkpoint in any layout of the family (`vicinal weights FILE` tells): a path, an address, a
             Hugging Face repository id, or True for the first that is published. It has to fit; only a classifier for
             other classes than an explicit `num_classes` stays fresh, and position biases are interpolated where
-            `kernel_size`, `window_size` or `image_size` is overridden.
+            `kernel_size`, `window_size`, `image_size`, `size` or `patterns` is overridden.
         num_classes: classes of the classifier, 0 for none (the model then gives one vector per image).
         features_only: return a model that gives feature maps `[batch, channels, height, width]`, finest first;
             `stages=(1, 2, 3)` chooses them, `use_norms=True` puts each through a norm of its own.
@@ -140,8 +150,9 @@ def classes_of(state: Mapping[str, torch.Tensor], family: Family) -> int | None:
     name = loading.CLASSIFIER + "weight"
     for layout in loading.layouts_of(family).values():
         (theirs,) = layout.pairs([name])[0].theirs
-        if layout.name(theirs) in state:
-            return state[layout.name(theirs)].shape[0]
+        given = state.get(layout.name(theirs))
+        if given is not None and given.dim():
+            return given.shape[0]
     return None
 
 
