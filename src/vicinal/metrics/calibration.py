@@ -32,7 +32,7 @@ class Calibration:
         """`[3, bins]`: samples, hits, and confidence summed, per bin."""
         weights = sample_weights(outputs, targets, weights)
         probabilities = outputs.double().softmax(1) if self.from_logits else outputs.double()
-        if not self.from_logits and probabilities.numel() and not bool(((0 <= outputs) & (outputs <= 1)).all()):
+        if not self.from_logits and probabilities.numel() and not bool(((outputs >= 0) & (outputs <= 1)).all()):
             raise ValueError("probabilities must be in 0 .. 1; for logits use from_logits=True")
         confidence, chosen = probabilities.max(1)
         # inner edges: what equals an edge belongs below it

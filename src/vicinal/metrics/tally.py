@@ -67,7 +67,8 @@ def sample_weights(outputs: torch.Tensor, targets: torch.Tensor, weights: torch.
     """Weights `[batch]` in float64, after a look at the shapes of scores `[batch, classes]` and labels `[batch]`."""
     if outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
         raise ValueError(
-            f"scores must be [batch, classes] and targets [batch], got {tuple(outputs.shape)} and {tuple(targets.shape)}"
+            "scores must be [batch, classes] and targets [batch], "
+            f"got {tuple(outputs.shape)} and {tuple(targets.shape)}"
         )
     if targets.is_floating_point():
         raise ValueError(f"targets must be class numbers, got {targets.dtype}")
