@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,25 +40,34 @@ class _Wanted:
     weight: float = 1.0
 
 
-class _Samples(torch.utils.data.Dataset[tuple[torch.Tensor, int, _Wanted]]):
+_Sample = tuple[torch.Tensor, int, _Wanted]
+
+
+class _Samples(torch.utils.data.Dataset[_Sample | DataMissing]):
     """What a worker holds: the data set and the steps; it is asked with all that a sample depends on."""
 
     def __init__(self, dataset: Dataset, steps: Sequence[Step], seed: int) -> None:
         self.dataset, self.steps, self.seed = dataset, tuple(steps), seed
 
-    def __getitem__(self, wanted: _Wanted) -> tuple[torch.Tensor, int, _Wanted]:
-        image, label = self.dataset.read(wanted.index)
+    def __getitem__(self, wanted: _Wanted) -> _Sample | DataMissing:
+        try:
+            image, label = self.dataset.read(wanted.index)
+        except DataMissing as error:  # handed over as a value: torch would wrap it in the traceback of a worker
+            return error
         random = sample_random(self.seed, wanted.epoch, wanted.index)
         for step in self.steps:
             image = step(image, random)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), label, wanted
 
 
-def _collate(samples: list[tuple[torch.Tensor, int, _Wanted]]) -> Batch:
-    images, labels, wanted = zip(*samples, strict=True)
+def _collate(samples: list[_Sample | DataMissing]) -> Batch | DataMissing:
+    good = [sample for sample in samples if not isinstance(sample, DataMissing)]
+    if len(good) < len(samples):
+        return next(sample for sample in samples if isinstance(sample, DataMissing))
+    images, labels, wanted = zip(*good, strict=True)
     if len({image.shape for image in images}) > 1:
         sizes = sorted({tuple(image.shape) for image in images})
-        raise DataMissing(f"images of one batch differ in size: {sizes}; add a Resize and a CenterCrop to the steps")
+        return DataMissing(f"images of one batch differ in size: {sizes}; add a Resize and a CenterCrop to the steps")
     return Batch(
         torch.stack(images),
         torch.tensor(labels),
@@ -117,26 +127,30 @@ class Stream:
             raise DataMissing(
                 f"{self.dataset.info.name} has {len(self.dataset)} samples, fewer than one batch of {self.batch_size}"
             )
-        return iter(self._loader(self._training_rows(start)))
+        return self._batches(self._training_rows(start))
 
     def evaluation(self) -> Iterator[Batch]:
         """Every sample once, dealt out to the processes; each gets as many batches, filled up with weight 0."""
-        return iter(self._loader(self._evaluation_rows()))
+        return self._batches(self._evaluation_rows())
 
     @property
     def evaluation_batches(self) -> int:
         """How many batches `evaluation` gives each process."""
         return -(-len(self.dataset) // self.batch_size)
 
-    def _loader(self, rows: Iterator[list[_Wanted]]) -> DataLoader[Batch]:
-        return DataLoader(
-            self.samples,  # type: ignore[arg-type] # its type is that of a sample here, that of a batch out there
+    def _batches(self, rows: Iterator[list[_Wanted]]) -> Iterator[Batch]:
+        loader: DataLoader[Any] = DataLoader(
+            self.samples,
             batch_sampler=rows,
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # else it would draw from torch's own
         )
+        for batch in loader:
+            if isinstance(batch, DataMissing):
+                raise batch
+            yield batch
 
     def _training_rows(self, start: int) -> Iterator[list[_Wanted]]:
         step = start

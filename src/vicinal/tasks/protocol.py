@@ -73,10 +73,17 @@ class Evaluation(Protocol):
 class Task(Protocol):
     """A model with its losses and metrics. All that a checkpoint has to hold is a parameter or buffer of `model`."""
 
-    model: nn.Module
-    turns: Sequence[Turn]
-    best: tuple[str, bool]
-    """The metric that chooses the best checkpoint, and whether more of it is better."""
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, averaged, saved and exported."""
+
+    @property
+    def turns(self) -> Sequence[Turn]:
+        """What a step consists of, in order."""
+
+    @property
+    def best(self) -> tuple[str, bool]:
+        """The metric that chooses the best checkpoint, and whether more of it is better."""
 
     def units(self) -> Sequence[nn.Module]:
         """Parts of the model of about equal size: what is sharded, and recomputed in the backward, as one."""
