@@ -156,8 +156,8 @@ def _flush(folder: Path) -> None:
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write weights as safetensors, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     part = path.with_name(f".{path.name}.part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, part, metadata)
+    part.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, metadata))
     part.replace(path)
