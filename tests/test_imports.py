@@ -34,7 +34,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"tasks", "models", "data", "metrics", "parallel", *MODEL},
     "recipes": {"training", "tasks", "models", "data", "metrics", *MODEL},
     "tour": {"recipes", "training", "tasks", "models", "data", "metrics", "parallel", "adapters", "measure", *MODEL},
-    "cli": {"tour", "recipes", "training", "tasks", "models", "data", "metrics", "parallel", "adapters", "measure", *MODEL},
+    "cli": {
+        "tour",
+        "recipes",
+        "training",
+        "tasks",
+        "models",
+        "data",
+        "metrics",
+        "parallel",
+        "adapters",
+        "measure",
+        *MODEL,
+    },
 }
 """The rooms, lowest first, and what each may import beside itself and `vicinal.version`."""
 

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vicinal.tasks.protocol import Panel
 
 PANELS = 24
 _COLUMNS = 8
 _BESIDE = ("step", "epoch", "split", "images_per_second", "learning_rate")
+_COLORS = {True: "tab:green", False: "tab:red", None: "black"}
 
 
 class NothingToDrawWith(ImportError):
@@ -26,7 +29,7 @@ def figure(columns: float, rows: float) -> Any:
         raise NothingToDrawWith(
             "no pictures are drawn, because matplotlib is not here: pip install vicinal[train]"
         ) from None
-    made = Figure(figsize=(columns, rows), dpi=100, layout="constrained")
+    made = Figure(figsize=(columns, rows), dpi=100)
     FigureCanvasAgg(made)
     return made
 
@@ -46,26 +49,29 @@ def save_curves(lines: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title(name.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.legend()
-    _save(sheet, path)
+    sheet.subplots_adjust(left=0.3 / len(names), right=0.99, bottom=0.17, top=0.9, wspace=0.25)
+    save_figure(sheet, path)
 
 
 def save_panels(panels: Sequence[Panel], path: Path) -> None:
     """Pictures with captions in rows; green where right, red where wrong."""
-    rows = -(-len(panels) // _COLUMNS)
-    if not rows:
+    if not panels:
         return
-    sheet = figure(1.5 * _COLUMNS, 1.9 * rows)
-    places = sheet.subplots(rows, _COLUMNS, squeeze=False).flat
-    for axes in places:
-        axes.axis("off")
-    colors = {True: "tab:green", False: "tab:red", None: "black"}
-    for axes, panel in zip(sheet.axes, panels, strict=False):
-        axes.imshow(panel.image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(panel.caption, fontsize=7, color=colors[panel.is_right])
-    _save(sheet, path)
+    rows = -(-len(panels) // _COLUMNS)
+    sheet = figure(1.5 * _COLUMNS, 1.95 * rows)
+    for number, panel in enumerate(panels):
+        row, column = divmod(number, _COLUMNS)
+        left, bottom = (column + 0.06) / _COLUMNS, (rows - row - 0.98) / rows
+        axes = sheet.add_axes((left, bottom, 0.88 / _COLUMNS, 0.72 / rows))
+        axes.set_axis_off()  # ticks and labels would take most of the time
+        pixels = np.repeat(panel.image, 3, -1) if panel.image.shape[-1] == 1 else panel.image
+        axes.imshow(pixels, interpolation="nearest")
+        axes.set_title(panel.caption, fontsize=7, color=_COLORS[panel.is_right], pad=3)
+    save_figure(sheet, path)
 
 
-def _save(sheet: Any, path: Path) -> None:
+def save_figure(sheet: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     sheet.savefig(part, format="png")
     part.replace(path)

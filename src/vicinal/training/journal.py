@@ -98,6 +98,7 @@ _MAY_DIFFER = {
     "loop.workers",
     "loop.threads",
     "loop.keep",
+    "loop.pictures",
     "loop.parallel",
     "loop.timeout_s",
     "loop.log_every",

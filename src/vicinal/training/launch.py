@@ -84,7 +84,8 @@ def _what_happened(error: Any, folder: Path, processes: int) -> str:
         return str(own[0])
     steps = Store(folder / "checkpoints").steps()
     last = f"the last checkpoint is of step {steps[-1]}; go on by --resume" if steps else "there is no checkpoint yet"
-    rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    # the one that was killed, not those that noticed and ended by themselves
+    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
     code = failure.exitcode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return f"process {rank} of {processes} {how}, and the others were stopped; {last}"

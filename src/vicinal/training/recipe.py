@@ -134,6 +134,7 @@ class Loop:
     checkpoint_every: int = 200
     keep: int = 2
     log_every: int = 10
+    pictures: bool = True
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:

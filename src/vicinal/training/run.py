@@ -25,6 +25,9 @@ from vicinal.training.report import Outcome, Report, Silent
 from vicinal.training.world import World, join, leave
 from vicinal.training.written import to_plain
 
+DRAWING_PAUSE = 20.0
+"""Seconds between pictures; a short run draws them once, at its end."""
+
 
 class Stopped(ValueError):
     """A run ended before its last step; the message says why and how to go on."""
@@ -69,6 +72,7 @@ class _Run:
         self.task = recipe.task.build(train_set.info)
         self.trainer = Trainer(recipe, self.task, world, self.stream.steps_per_epoch)
         self.best: dict[str, Any] = {}
+        self.drawn = time.perf_counter()
         self.metrics: dict[str, float] = {}
         self.evaluation_steps = max(1, round(self.loop.evaluate_every * self.stream.steps_per_epoch))
 
@@ -140,7 +144,8 @@ class _Run:
         self.report.step(step, self.loop.batch_size, numbers)
         if evaluates:
             self._save(is_best=self._evaluate())
-            self._draw()
+            if is_last or time.perf_counter() - self.drawn > DRAWING_PAUSE:
+                self._draw()
         elif saves:
             self._save(is_best=False)
 
@@ -179,7 +184,7 @@ class _Run:
 
     def _draw(self) -> None:
         """Curves and predictions, where the packages for them are here."""
-        if self.world.processes > 1:  # a picture of predictions would need every process
+        if not self.loop.pictures or self.world.processes > 1:  # of sharded models no process alone can draw
             return
         from vicinal.training import drawing
 
@@ -191,6 +196,7 @@ class _Run:
             drawing.save_curves(read_lines(self.journal.metrics), self.journal.folder / "curves.png")
         except drawing.NothingToDrawWith as error:
             self.report.say(str(error))
+        self.drawn = time.perf_counter()
 
     def _outcome(self, seconds: float) -> Outcome:
         weights = self.trainer.whole_weights()
