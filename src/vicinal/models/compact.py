@@ -30,13 +30,15 @@ class CompactConfig:
     """A pyramid whose first map has half the image's sides, and each further one half of those before.
 
     `kernel_size` is the neighborhood, the window or the convolution; HiLo's windows are always 2 wide, pooling's
-    always 3. Heads have 16 channels.
+    always 3. Heads have 16 channels. `value_kernel` adds a depthwise convolution of the values to what neighborhood and
+    window attention give, as CSWin does; 0 adds none.
     """
 
     mixer: Mixer = "dinat"
     dim: int = 32
     depths: tuple[int, ...] = (2, 3)
     kernel_size: int = 7
+    value_kernel: int = 0
     mlp_ratio: float = 2.0
     drop_path_rate: float = 0.0
     num_classes: int = 10
@@ -88,7 +90,8 @@ def _mixer(config: CompactConfig, dim: int, layer: int) -> nn.Module:
     size, heads, is_odd = config.kernel_size, dim // 16, bool(layer % 2)
 
     def attend(pattern: object) -> nn.Module:
-        return PatternAttention(dim, heads, pattern, rel_pos_bias=True)  # type: ignore[arg-type]
+        values = Depthwise(dim, config.value_kernel) if config.value_kernel else None
+        return PatternAttention(dim, heads, pattern, rel_pos_bias=True, value_mixer=values)  # type: ignore[arg-type]
 
     kinds: dict[str, Callable[[], nn.Module]] = {
         "nat": lambda: attend(near(size)),

@@ -42,9 +42,9 @@ def dinat_fashion_mnist() -> Recipe:
         name="dinat_fashion_mnist",
         status="run: see docs/training.md",
         data=FashionMnist(),
-        task=Classification(COMPACT, label_smoothing=0.05),
+        task=Classification(replace(COMPACT, value_kernel=3), label_smoothing=0.05),
         train_steps=(Flip(), Shift(1)),
-        optimizers={"main": AdamW(learning_rate=3e-3)},
+        optimizers={"main": AdamW(learning_rate=4e-3)},
         schedule=Cosine(warmup=0.5),
         loop=Loop(
             epochs=8,
