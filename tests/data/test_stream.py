@@ -36,7 +36,7 @@ def test_a_stream_goes_on_exactly_where_it_is_asked_to():
             assert torch.equal(ours.indices, theirs.indices)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_augmentation_does_not_depend_on_workers(workers):
     for ours, theirs in zip(steps(5, workers=workers), steps(5), strict=True):
         assert torch.equal(ours.images, theirs.images)

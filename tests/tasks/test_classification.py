@@ -81,7 +81,9 @@ def test_panels_say_what_is_and_what_was_taken_for_it():
 
 
 def test_named_models_take_the_data_s_classes_and_channels():
-    config = Named("nat_mini", {"dim": 32, "depths": (1, 1), "num_heads": (1, 2), "drop_path_rate": 0.0})
+    config = Named(
+        "nat_mini", {"dim": 32, "depths": (1, 1), "num_heads": (1, 2), "dilations": "max", "drop_path_rate": 0.0}
+    )
     model = make_model(config, INFO)
     assert model(torch.rand(2, 1, 32, 32)).shape == (2, 3)
     with pytest.raises(ValueError, match="no option"):

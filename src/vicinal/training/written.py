@@ -75,13 +75,13 @@ def _changed(node: Any, path: list[str], text: str, key: str) -> Any:
     name, *rest = path
     if isinstance(node, Mapping):
         if rest and name not in node:
-            raise _unknown(key, name, list(node))
+            raise _unknown(key, path, list(node))
         return {**node, name: _changed(node[name], rest, text, key) if rest else _literal(text)}
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ValueError(f"{key}: {'.'.join(path)} leads into a value, which has no parts")
     names = [field.name for field in dataclasses.fields(node)]
     if name not in names:
-        raise _unknown(key, name, names)
+        raise _unknown(key, path, names)
     value = getattr(node, name)
     if rest:
         new = _changed(value, rest, text, key)
@@ -92,10 +92,11 @@ def _changed(node: Any, path: list[str], text: str, key: str) -> Any:
     return dataclasses.replace(node, **{name: new})
 
 
-def _unknown(key: str, name: str, names: list[str]) -> ValueError:
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {key.removesuffix(name) if key.endswith(name) else ''}{near[0]}?" if near else ""
-    return ValueError(f"there is no setting {key}; {hint or 'there are ' + ', '.join(names)}")
+def _unknown(key: str, path: list[str], names: list[str]) -> ValueError:
+    before = key.split(".")[: -len(path)]
+    near = difflib.get_close_matches(path[0], names, n=1)
+    hint = f"did you mean {'.'.join([*before, near[0]])}?" if near else f"there are {', '.join(names)}"
+    return ValueError(f"there is no setting {'.'.join([*before, path[0]])}; {hint}")
 
 
 def _literal(text: str) -> Any:
