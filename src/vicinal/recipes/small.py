@@ -71,9 +71,10 @@ def mixer_fashion_mnist(mixer: Mixer = "nat") -> Recipe:
     base = dinat_fashion_mnist()
     return replace(
         base,
+        status="run: see docs/training.md",
         name=f"{mixer}_fashion_mnist_short",
         task=Classification(model, label_smoothing=0.05),
-        loop=replace(base.loop, epochs=1, ema_decay=0.99, evaluate_every=1),
+        loop=replace(base.loop, epochs=0.5, ema_decay=0.98, evaluate_every=1),
     )
 
 
