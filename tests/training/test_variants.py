@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -127,7 +128,7 @@ def test_adam_s_state_of_two_optimizers_is_saved_and_taken_over():
     first, second = (Trainer(recipe, Duel(), world, steps_per_epoch=9) for _ in range(2))
     for _ in range(4):
         first.take_step([Piece()])
-    second.take_over(first.tensors(), first.facts())
+    second.take_over(copy.deepcopy(first.tensors()), first.facts())
     for trainer in (first, second):
         trainer.take_step([Piece()])
     for ours, theirs in zip(first.task.model.parameters(), second.task.model.parameters(), strict=True):
