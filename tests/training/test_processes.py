@@ -51,7 +51,9 @@ def assert_learned_the_same(folder, alone):
 
 
 def test_two_processes_learn_what_one_learns(alone, tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     outcome = train_on(2, steady(accumulation=2), tmp_path / "run", report=Silent())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert outcome.facts["processes"] == 2
     assert_learned_the_same(tmp_path / "run", alone)
 

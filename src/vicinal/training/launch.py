@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from vicinal.training.checkpoint import Store
 from vicinal.training.recipe import Recipe
 from vicinal.training.report import Outcome, Report
 from vicinal.training.run import LostProcess, train
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+"""Those that torchrun takes over."""
 
 _FAILED = ".failed-{rank}.json"
 
@@ -93,7 +97,9 @@ def _what_happened(error: Any, folder: Path, processes: int) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torchrun's log of tracebacks and tables; what matters is said by `_what_happened`."""
+    """Without torchrun's log of tracebacks and tables, and with signals handled afterwards as they were before."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS} if is_main else {}
     logger = logging.getLogger("torch.distributed.elastic")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -102,6 +108,8 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         logger.setLevel(level)
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
