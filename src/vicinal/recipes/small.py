@@ -58,6 +58,22 @@ def dinat_fashion_mnist() -> Recipe:
     )
 
 
+def nat_fashion_mnist() -> Recipe:
+    """A small NAT on Fashion-MNIST, two epochs.
+
+    >>> nat_fashion_mnist().loop.epochs
+    2
+    """
+    base = dinat_fashion_mnist()
+    model = replace(COMPACT, mixer="nat", value_kernel=3)
+    return replace(
+        base,
+        name="nat_fashion_mnist",
+        task=Classification(model, label_smoothing=0.05),
+        loop=replace(base.loop, epochs=2, ema_decay=0.99),
+    )
+
+
 def mixer_fashion_mnist(mixer: Mixer = "nat") -> Recipe:
     """One of six mixers on Fashion-MNIST: the same pyramid, cost and short budget for each.
 
@@ -78,4 +94,4 @@ def mixer_fashion_mnist(mixer: Mixer = "nat") -> Recipe:
     )
 
 
-RECIPES = (digits, dinat_fashion_mnist, mixer_fashion_mnist)
+RECIPES = (digits, dinat_fashion_mnist, nat_fashion_mnist, mixer_fashion_mnist)

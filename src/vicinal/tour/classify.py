@@ -26,12 +26,12 @@ TIMED = 20
 
 def show_nat(folder: Path) -> Outcome:
     """NAT's row."""
-    return _show("nat_fashion_mnist_short", folder / "nat.png", layer=0)
+    return _show("nat_fashion_mnist", folder / "nat.png", layer=0)
 
 
 def show_dinat(folder: Path) -> Outcome:
     """DiNAT's row; the query looks through a dilated layer."""
-    return _show("dinat_fashion_mnist_short", folder / "dinat.png", layer=1)
+    return _show("dinat_fashion_mnist", folder / "dinat.png", layer=1)
 
 
 def _show(name: str, picture: Path, layer: int) -> Outcome:
@@ -44,7 +44,7 @@ def _show(name: str, picture: Path, layer: int) -> Outcome:
     return Outcome(
         picture,
         number=100 * accuracy,
-        baseline=100 * LINEAR_BASELINE,
+        baseline=100 * LINEAR_BASELINE[len(data)],
         unit="top-1 accuracy, %",
         baseline_name="linear classifier on pixels",
         note=f"Fashion-MNIST, {len(data)} test images{where}; small weights trained by the recipe {model.recipe.name}; "
