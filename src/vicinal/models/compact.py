@@ -114,12 +114,8 @@ def of_equal_cost(config: CompactConfig, image_size: int, multiply_adds: int) ->
     >>> chosen.mlp_ratio > 2, abs(build(chosen).cost(28).nominal / goal - 1) < 0.02
     (True, True)
     """
-    low, high = 1.0 / config.dim, 64.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        if build(replace(config, mlp_ratio=middle)).cost(image_size).nominal < multiply_adds:
-            low = middle
-        else:
-            high = middle
-    found = math.ceil(high * config.dim) / config.dim
-    return replace(config, mlp_ratio=found)
+    one, two = (build(replace(config, mlp_ratio=ratio)).cost(image_size).nominal for ratio in (1.0, 2.0))
+    ratio = 1.0 + (multiply_adds - one) / (two - one)  # the cost is linear in the width
+    if ratio <= 0:
+        raise ValueError(f"{config.mixer} costs {one} multiply-adds at mlp_ratio 1, too much for {multiply_adds}")
+    return replace(config, mlp_ratio=math.ceil(ratio * config.dim) / config.dim)
