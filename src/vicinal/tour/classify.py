@@ -88,7 +88,9 @@ def looked_at(model: Trained, image: torch.Tensor, layer: int, query: tuple[int,
     pixels[..., 1] += 140 * shade
     rows, columns = height // weights.shape[0], width // weights.shape[1]
     pixels[query[0] * rows : (query[0] + 1) * rows, query[1] * columns : (query[1] + 1) * columns] = (230, 40, 40)
-    return Panel(pixels.clip(0, 255).astype(np.uint8), repr(mixers[layer].pattern)[:40])
+    pattern = at(mixers[layer].pattern, weights.shape)
+    one = pattern[0] if isinstance(pattern, tuple) else pattern  # the grid is square, so both axes have the same kind
+    return Panel(pixels.clip(0, 255).astype(np.uint8), repr(one))
 
 
 def attended(
