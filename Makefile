@@ -27,7 +27,9 @@ help:  ## this list
 	@echo "Vicinal: make <target>"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
-demo: .venv/.with-demo .venv/.library  ## the tour: a page of pictures and figures, demo/index.html
+demo: .venv/.with-demo .venv/.library  ## a minute of live training, then the tour: a page of pictures and figures
+	rm -rf demo/training
+	$(BIN)/vicinal train digits --out demo/training
 	$(BIN)/vicinal tour --out demo
 
 # Each worker computes with one thread: workers x cores threads would fight for the same cores.

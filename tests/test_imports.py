@@ -32,8 +32,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": {"models", *MODEL},
     "tasks": {"models", "data", "metrics", *MODEL},
     "training": {"tasks", "models", "data", "metrics", "parallel", *MODEL},
-    "tour": {"training", "tasks", "models", "data", "metrics", "parallel", "adapters", "measure", *MODEL},
-    "cli": {"tour", "training", "tasks", "models", "data", "metrics", "parallel", "adapters", "measure", *MODEL},
+    "recipes": {"training", "tasks", "models", "data", "metrics", *MODEL},
+    "tour": {"recipes", "training", "tasks", "models", "data", "metrics", "parallel", "adapters", "measure", *MODEL},
+    "cli": {
+        "tour",
+        "recipes",
+        "training",
+        "tasks",
+        "models",
+        "data",
+        "metrics",
+        "parallel",
+        "adapters",
+        "measure",
+        *MODEL,
+    },
 }
 """The rooms, lowest first, and what each may import beside itself and `vicinal.version`."""
 

@@ -88,6 +88,9 @@ def _parser() -> Parser:
     _add_show(commands)
     _add_tour(commands)
     _add_weights(commands)
+    _add_train(commands)
+    _add_trained(commands)
+    _add_data(commands)
     return parser
 
 
@@ -178,6 +181,69 @@ def _add_weights(commands: Any) -> None:
 
     parser = _add(commands, "weights", "which model a checkpoint is of, in which layout, and whether it fits", run)
     parser.add_argument("file", metavar="FILE", help="a .safetensors file, or a torch file of nothing but weights")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+CHANGES_HELP = """
+A change is KEY=VALUE, with dots into parts: loop.epochs=2 optimizers.main.learning_rate=0.001 task.model.dim=48
+"""
+
+
+def _add_train(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import train
+
+        train.run(options)
+
+    parser = _add(
+        commands, "train", "run a recipe, or go on with a run; without one, list the recipes", run, CHANGES_HELP
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a name, or your own file.py:function")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes to the recipe")
+    parser.add_argument("--out", metavar="FOLDER", help="the run's folder (runs/RECIPE by default)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="on this machine (1 by default)")
+    parser.add_argument("--show", action="store_true", help="print the recipe with its changes, and train nothing")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each event, and nothing else")
+
+
+def _add_trained(commands: Any) -> None:
+    def evaluate(options: argparse.Namespace) -> None:
+        from vicinal.cli import evaluate
+
+        evaluate.run(options)
+
+    def predict(options: argparse.Namespace) -> None:
+        from vicinal.cli import predict
+
+        predict.run(options)
+
+    parser = _add(commands, "evaluate", "measure a trained model on its test split", evaluate, CHANGES_HELP)
+    parser.add_argument("model", metavar="MODEL", help="a run folder, or a model.safetensors of one")
+    parser.add_argument(
+        "changes", nargs="*", metavar="KEY=VALUE", help="changes to its recipe, such as data.folder=..."
+    )
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON and nothing else")
+    parser = _add(commands, "predict", "what a trained model takes pictures for", predict)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, or folders of them")
+    parser.add_argument("--model", required=True, help="a run folder, or a model.safetensors of one")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="how many classes (3 by default)")
+    parser.add_argument("--save", metavar="FILE", help="also draw the pictures with their best class (.png)")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+def _add_data(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import data
+
+        data.run(options)
+
+    parser = _add(commands, "data", "where a data set is looked for, what is there, and what to do if nothing is", run)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a data set; all of them by default")
+    parser.add_argument(
+        "changes", nargs="*", metavar="KEY=VALUE", help="changes to the description, such as folder=..."
+    )
+    parser.add_argument("--check", action="store_true", help="read every sample and name those that cannot be read")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
 
 

@@ -48,18 +48,32 @@ class Row:
     seconds: float | None = None
 
 
+def _nat(folder: Path) -> Outcome:
+    from vicinal.tour.classify import show_nat
+
+    return show_nat(folder)
+
+
+def _dinat(folder: Path) -> Outcome:
+    from vicinal.tour.classify import show_dinat
+
+    return show_dinat(folder)
+
+
 SYSTEMS: tuple[System, ...] = (
     System(
         name="NAT",
         paper="Neighborhood Attention Transformer",
         published="CVPR 2023",
         purpose="classify an image with a pyramid whose every token sees its nearest neighbors",
+        run=_nat,
     ),
     System(
         name="DiNAT",
         paper="Dilated Neighborhood Attention Transformer",
         published="arXiv 2209.15001",
         purpose="the same, with every other layer dilated to look far",
+        run=_dinat,
     ),
     System(
         name="Faster NA",

@@ -1,0 +1,115 @@
+"""Several processes on this machine, by torchrun's own machinery."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vicinal.training.checkpoint import Store
+from vicinal.training.recipe import Recipe
+from vicinal.training.report import Outcome, Report
+from vicinal.training.run import LostProcess, train
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+"""Those that torchrun takes over."""
+
+_FAILED = ".failed-{rank}.json"
+
+
+def train_on(processes: int, recipe: Recipe, folder: str | Path, *, resume: bool = False, report: Report) -> Outcome:
+    """`train` in so many processes; `report` has to be picklable, and speaks in the first of them.
+
+    One process that ends ends all: the others are stopped, and what is left is the last checkpoint.
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    if processes == 1 or "RANK" in os.environ:
+        return train(recipe, folder, resume=resume, report=report)
+    if recipe.loop.batch_size % (processes * recipe.loop.accumulation):
+        raise ValueError(
+            f"loop.batch_size must be a multiple of processes x accumulation = {processes} x "
+            f"{recipe.loop.accumulation}, got {recipe.loop.batch_size}"
+        )
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    place = Path(folder)
+    for old in place.glob(_FAILED.format(rank="*")):
+        old.unlink()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    with _quiet():
+        try:
+            results = elastic_launch(config, _work)(recipe, str(folder), resume, report)
+        except ChildFailedError as error:
+            raise LostProcess(_what_happened(error, place, processes)) from None
+    outcome: Outcome = results[0]
+    return outcome
+
+
+def _work(recipe: Recipe, folder: str, resume: bool, report: Report) -> Outcome:
+    """One process. What a person should read is left in a file, because its traceback would be lost in the others'."""
+    try:
+        return train(recipe, folder, resume=resume, report=report)
+    except (ValueError, OSError) as error:
+        file = Path(folder) / _FAILED.format(rank=os.environ["RANK"])
+        try:
+            file.write_text(json.dumps({"kind": type(error).__name__, "words": str(error)}))
+        except OSError:  # the disk is full, or the folder gone: then the words go where they can
+            print(error, file=sys.stderr)
+        # not sys.exit: other processes wait in a collective, and leaving in good order would wait for them
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _what_happened(error: Any, folder: Path, processes: int) -> str:
+    said = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob(_FAILED.format(rank="*")))}
+    for path in folder.glob(_FAILED.format(rank="*")):
+        path.unlink()
+    own = [one["words"] for one in said.values() if one["kind"] != LostProcess.__name__]
+    if own:
+        return str(own[0])
+    steps = Store(folder / "checkpoints").steps()
+    last = f"the last checkpoint is of step {steps[-1]}; go on by --resume" if steps else "there is no checkpoint yet"
+    # the one that was killed, not those that noticed and ended by themselves
+    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+    code = failure.exitcode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return f"process {rank} of {processes} {how}, and the others were stopped; {last}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torchrun's log of tracebacks and tables, and with signals handled afterwards as they were before."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS} if is_main else {}
+    logger = logging.getLogger("torch.distributed.elastic")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which would say so at length
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        logger.setLevel(level)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]

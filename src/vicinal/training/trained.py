@@ -1,0 +1,119 @@
+"""Trained models: a weights file that knows its recipe, measured and asked about pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vicinal.data.chance import sample_random
+from vicinal.data.dataset import Image, Info
+from vicinal.data.picture import SUFFIXES, read_picture
+from vicinal.data.stream import Stream
+from vicinal.models.checkpoint import read
+from vicinal.tasks.classification import ClassificationTask
+from vicinal.training.recipe import Recipe
+from vicinal.training.written import from_plain
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A recipe, facts about its data, and the task with trained weights."""
+
+    recipe: Recipe
+    info: Info
+    task: ClassificationTask
+    path: Path
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The best classes of a picture with their probabilities, best first."""
+
+    name: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def load(place: str | Path) -> Trained:
+    """The model in a run folder, or in a `model.safetensors` of one."""
+    path = Path(place)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; a run folder has one when its training has ended")
+    metadata = _metadata(path)
+    if "recipe" not in metadata or "info" not in metadata:
+        raise ValueError(f"{path} does not say which recipe it is of: only files written by `vicinal train` do")
+    recipe, info = from_plain(json.loads(metadata["recipe"])), from_plain(json.loads(metadata["info"]))
+    assert isinstance(recipe, Recipe)
+    task = recipe.task.build(info)
+    if not isinstance(task, ClassificationTask):
+        raise ValueError(f"{path} is of a {type(task).__name__}; only classifiers are evaluated and asked so far")
+    task.model.load_state_dict(read(path).state)
+    task.objective.eval()
+    return Trained(recipe, info, task, path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+
+
+def evaluate(trained: Trained, changes: Recipe | None = None, *, batch_size: int | None = None) -> dict[str, float]:
+    """The task's metrics on the test split; `changes` is another recipe to take data and steps from."""
+    recipe = trained.recipe if changes is None else changes
+    size = recipe.loop.batch_size if batch_size is None else batch_size
+    stream = Stream(recipe.data.open("test"), recipe.test_steps, batch_size=size, workers=recipe.loop.workers)
+    evaluation = trained.task.evaluation()
+    for batch in stream.evaluation():
+        evaluation.add(batch)
+    return evaluation.values()
+
+
+def predict(trained: Trained, images: Sequence[Image], names: Sequence[str] = (), k: int = 3) -> list[Prediction]:
+    """The `k` best classes of each picture uint8 `[height, width, channels]`."""
+    found = []
+    names = names or [str(number) for number in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        pixels = torch.from_numpy(np.array(prepared(trained, image))).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            chances = trained.task.logits(pixels).softmax(1)[0]
+        best = chances.topk(min(k, len(chances)))
+        classes = tuple(trained.info.classes[index] for index in best.indices.tolist())
+        found.append(Prediction(name, classes, tuple(best.values.tolist())))
+    return found
+
+
+def prepared(trained: Trained, image: Image) -> Image:
+    """A picture as the model's test pictures are: by the recipe's steps, or squeezed to the size of its data."""
+    from vicinal.data.augment import resized
+
+    if trained.info.image_size is not None and image.shape[:2] != trained.info.image_size:
+        image = resized(image, *trained.info.image_size)
+    for step in trained.recipe.test_steps:
+        image = step(image, sample_random(0, 0, 0))
+    return image
+
+
+def read_pictures(trained: Trained, places: Sequence[str | Path]) -> tuple[list[Image], list[str]]:
+    """Pictures and their names, from files and from folders of them."""
+    paths: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise ValueError(f"{place} holds no picture ({', '.join(SUFFIXES)})")
+            paths += inside
+        else:
+            paths.append(place)
+    return [read_picture(path, trained.info.channels) for path in paths], [str(path) for path in paths]
