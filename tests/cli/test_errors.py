@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -166,7 +167,7 @@ def test_the_tour_prints_its_path_last(capsys, monkeypatch, tmp_path):
     assert main(["tour", "--out", str(tmp_path / "demo")]) == 0
     printed = capsys.readouterr().out
     assert str(tmp_path / "demo" / "index.html") in printed.splitlines()[-1]
-    assert "systems: 0 of 10 built" in printed
+    assert re.search(r"systems: \d+ of 10 built", printed)
     assert "Near(7)" in printed
 
 

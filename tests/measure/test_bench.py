@@ -61,7 +61,7 @@ def test_no_time_is_reported_for_a_wrong_answer(monkeypatch):
 
 def test_our_own_wrong_answer_is_told_apart(monkeypatch):
     monkeypatch.setattr(bench, "attention", lambda query, key, value, pattern, backend: value * 1.0)
-    settings = bench.Settings((TINY,), peers=(), backwards=(False,), seconds=0.05)
+    settings = bench.Settings((TINY,), backends=("tiled",), peers=(), backwards=(False,), seconds=0.05)
     report = bench.run(settings, None, Lines())
     assert len(wrong(report)) == 1
     assert "tiled on tiny, float32 forward: wrong: output" in wrong(report)[0]
@@ -103,7 +103,7 @@ def test_the_command_prints_tables_and_saves(tmp_path, monkeypatch, capsys):
     arguments = ["tiny", "--seconds", "0.05", "--peers", "halo_bmm", "--directions", "forward", "--output", str(output)]
     assert command.main(arguments) == 0
     printed = capsys.readouterr()
-    assert "| problem | tiled ms | halo_bmm ms |" in printed.out
+    assert "| problem | cpu ms | tiled ms | halo_bmm ms |" in printed.out
     assert "tiny float32 forward" in printed.err
     saved = json.loads(output.read_text())
     assert saved["rows"][0]["problem"] == "tiny"

@@ -21,7 +21,12 @@ _CONTAINERS = ("model", "state_dict", "state_dict_ema", "model_state_dict")
 _WHOLE_PREFIXES = ("module.", "_orig_mod.", "model.")
 """Taken off where every name has it: what parallel training, compilation and Lightning put around a model."""
 
-_PREFIXES = ("backbone.", "encoder.backbone.", "model.pixel_level_module.encoder.")
+_PREFIXES = (
+    "backbone.",
+    "encoder.backbone.",
+    "model.pixel_level_module.encoder.",
+    "pixel_level_module.encoder.",  # where all names began with "model."
+)
 _DEEPEST = 4
 """Containers in containers that are looked into; a pickle may hold itself."""
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def train_on(processes: int, recipe: Recipe, folder: str | Path, *, resume: bool
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        monitor_interval=0.2,
+        monitor_interval=_LOOKS_EVERY_S,
     )
     with _quiet():
         try:
@@ -62,6 +63,10 @@ def train_on(processes: int, recipe: Recipe, folder: str | Path, *, resume: bool
             raise LostProcess(_what_happened(error, place, processes)) from None
     outcome: Outcome = results[0]
     return outcome
+
+
+_LOOKS_EVERY_S = 0.2
+"""How often torchrun's part looks after its processes."""
 
 
 def _work(recipe: Recipe, folder: str, resume: bool, report: Report) -> Outcome:
@@ -74,6 +79,10 @@ def _work(recipe: Recipe, folder: str, resume: bool, report: Report) -> Outcome:
             file.write_text(json.dumps({"kind": type(error).__name__, "words": str(error)}))
         except OSError:  # the disk is full, or the folder gone: then the words go where they can
             print(error, file=sys.stderr)
+        if isinstance(error, LostProcess):
+            time.sleep(
+                5 * _LOOKS_EVERY_S
+            )  # so that the lost process is seen to be gone before this one, which only noticed
         # not sys.exit: other processes wait in a collective, and leaving in good order would wait for them
         sys.stdout.flush()
         os._exit(1)
