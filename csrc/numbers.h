@@ -1,70 +1,64 @@
-// The numbers that tensors hold, read and written one at a time as double.
+// The bits of the short floating types, one number at a time.
+//
+// Kernels are compiled once per instruction set and may share no code with the rest, so all of it is in an unnamed
+// namespace.
 
 #ifndef VICINAL_NUMBERS_H
 #define VICINAL_NUMBERS_H
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#if defined(_MSC_VER)
+#define VICINAL_INLINE __forceinline
+#else
+#define VICINAL_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace vicinal {
+namespace {
 
-struct BFloat16 {
-    uint16_t bits;
-};
-
-struct Float16 {
-    uint16_t bits;
-};
-
-inline float float_of(uint32_t bits) {
-    float number;
-    std::memcpy(&number, &bits, sizeof number);
-    return number;
+VICINAL_INLINE float float_of_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
 }
 
-inline uint32_t bits_of(float number) {
+VICINAL_INLINE uint32_t bits_of_float(float value) {
     uint32_t bits;
-    std::memcpy(&bits, &number, sizeof bits);
+    std::memcpy(&bits, &value, 4);
     return bits;
 }
 
-inline double load(const double& number) { return number; }
-inline double load(const float& number) { return number; }
-inline double load(const BFloat16& number) { return float_of(uint32_t(number.bits) << 16); }
+VICINAL_INLINE float float_of_bfloat16(uint16_t value) { return float_of_bits(static_cast<uint32_t>(value) << 16); }
 
-inline double load(const Float16& number) {
-    const uint32_t sign = uint32_t(number.bits & 0x8000) << 16, exponent = number.bits >> 10 & 31;
-    const uint32_t mantissa = number.bits & 1023;
-    if (exponent == 31) return float_of(sign | 0x7f800000 | mantissa << 13);
-    if (exponent) return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
-    const double tiny = std::ldexp(double(mantissa), -24);
-    return sign ? -tiny : tiny;
+// To the nearest, ties to even; a NaN stays one.
+VICINAL_INLINE uint16_t bfloat16_of_float(float value) {
+    uint32_t bits = bits_of_float(value);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : rounded);
 }
 
-inline void store(double& place, double number) { place = number; }
-inline void store(float& place, double number) { place = float(number); }
-
-inline void store(BFloat16& place, double number) {
-    const uint32_t bits = bits_of(float(number));
-    // to nearest, ties to even; adding to a NaN could make an infinity of it
-    place.bits = number != number ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+VICINAL_INLINE float float_of_float16(uint16_t value) {
+    uint32_t sign = static_cast<uint32_t>(value & 0x8000u) << 16, rest = value & 0x7fffu;
+    if (rest >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+    if (rest >= 0x400u) return float_of_bits(sign | ((rest << 13) + 0x38000000u));
+    float small = static_cast<float>(rest) * 5.9604644775390625e-08f;  // 2^-24
+    return sign ? -small : small;
 }
 
-inline void store(Float16& place, double number) {
-    const uint32_t bits = bits_of(float(number)), magnitude = bits & 0x7fffffff;
-    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-    if (magnitude > 0x7f800000) {
-        place.bits = 0x7e00;
-    } else if (magnitude >= 0x477ff000) {  // what rounds to 65536 or more
-        place.bits = uint16_t(sign | 0x7c00);
-    } else if (magnitude >= 0x38800000) {
-        place.bits = uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
-    } else {  // a multiple of 2^-24; nearbyint rounds ties to even
-        place.bits = uint16_t(sign | uint16_t(std::nearbyint(std::ldexp(std::fabs(number), 24))));
+VICINAL_INLINE uint16_t float16_of_float(float value) {
+    uint32_t bits = bits_of_float(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (rest >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65536 and more
+    if (rest < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+        float shifted = float_of_bits(rest) + 0.5f;
+        return static_cast<uint16_t>(sign | (bits_of_float(shifted) - 0x3f000000u));
     }
+    return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
 }
 
+}  // namespace
 }  // namespace vicinal
 
 #endif

@@ -18,6 +18,23 @@ namespace {
 constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr int64_t BIAS_PARTS = 16;  // sums of the bias gradient over the batch that are held at the same time
 
+struct BFloat16 {
+    uint16_t bits;
+};
+
+struct Float16 {
+    uint16_t bits;
+};
+
+double load(double number) { return number; }
+double load(float number) { return number; }
+double load(BFloat16 number) { return float_of_bfloat16(number.bits); }
+double load(Float16 number) { return float_of_float16(number.bits); }
+void store(double& place, double number) { place = number; }
+void store(float& place, double number) { place = float(number); }
+void store(BFloat16& place, double number) { place.bits = bfloat16_of_float(float(number)); }
+void store(Float16& place, double number) { place.bits = float16_of_float(float(number)); }
+
 template <typename Work>
 void with_type(int64_t dtype, const Work& work) {
     if (dtype == VICINAL_FLOAT32) work(float());

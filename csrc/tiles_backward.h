@@ -45,9 +45,10 @@ struct QueryTile {
     bool is_fresh;
 };
 
+// The weights of a tile of queries, from their log-sum-exp.
 template <class S, int T>
-inline void grad_query_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
-                            float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias) {
+VICINAL_INLINE void weigh_again(const Job& job, const Panel& panel, const float* queries, const QueryTile& tile,
+                                float* scores, const Pass& pass, bool has_bias) {
     constexpr int W = S::LANES;
     using F = typename S::F;
     const F factor = S::all(job.scale * LOG2_E), nothing = S::all(-INFINITY);
@@ -58,6 +59,14 @@ inline void grad_query_pass(const Job& job, const Panel& panel, const float* que
         S::store(scores + (v * T + t) * W, exp2_of<S>(score));
     };
     dot<S, T>(pass, queries, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, weigh);
+}
+
+// Turns the weights of a tile of queries into the gradients of its scores.
+template <class S, int T>
+VICINAL_INLINE void differentiate_scores(const Job& job, const Panel& panel, const float* grads, const QueryTile& tile,
+                                         float* scores, const Pass& pass) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
     alignas(64) float partial[MOST_VECTORS * T * W];
     auto differentiate = [&](int v, int t, F sum) VICINAL_LAMBDA {
         float* at = scores + (v * T + t) * W;
@@ -66,13 +75,24 @@ inline void grad_query_pass(const Job& job, const Panel& panel, const float* que
         S::store(at, S::select(pass.seen[v][t], grad, S::zero()));
     };
     dot<S, T>(pass, grads, units_of<S>(job.value.dim), panel.transposed[1], panel.width, partial, differentiate);
-    if (grad_bias && has_bias) {
-        for (int v = 0; v < pass.count; ++v)
-            for (int t = 0; t < T; ++t) {
-                float* to = grad_bias + (pass.bias[v][t] - bias);
-                S::store(to, S::add(S::load(to), S::load(scores + (v * T + t) * W)));
-            }
-    }
+}
+
+template <class S, int T>
+VICINAL_INLINE void add_bias_gradient(const Pass& pass, const float* scores, const float* bias, float* grad_bias) {
+    for (int v = 0; v < pass.count; ++v)
+        for (int t = 0; t < T; ++t) {
+            float* to = grad_bias + (pass.bias[v][t] - bias);
+            S::store(to, S::add(S::load(to), S::load(scores + (v * T + t) * S::LANES)));
+        }
+}
+
+template <class S, int T>
+inline void grad_query_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
+                            float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias) {
+    constexpr int W = S::LANES;
+    weigh_again<S, T>(job, panel, queries, tile, scores, pass, has_bias);
+    differentiate_scores<S, T>(job, panel, grads, tile, scores, pass);
+    if (grad_bias && has_bias) add_bias_gradient<S, T>(pass, scores, bias, grad_bias);
     alignas(64) float ones[MOST_TARGETS];
     for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;
     narrow_weights<S, T>(pass, scores);
@@ -89,29 +109,10 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
     const int64_t q_head = job.first_head + head, kv_head = q_head / job.shared;
     const int64_t key_dim = job.query.dim, value_dim = job.value.dim, padded = round_up(key_dim, W);
     Packing packing;
-    packing.operand[0] = job.key;
-    packing.operand[1] = job.value;
-    packing.base[0] = sample * job.key.batch + kv_head * job.key.head;
-    packing.base[1] = sample * job.value.batch + kv_head * job.value.head;
     packing.transposed[0] = packing.transposed[1] = packing.rows[0] = true;
     packing.rows[1] = packing.lanes = false;
-    const int64_t floats = packing.floats<S>();
-    const int64_t tokens = job.extra_lengths ? job.extra_lengths[sample] : job.extra_tokens;
-    const int num_lists = job.num_sources + (tokens ? 1 : 0);
-    const auto open = [&](int list, Sources& sources) {
-        if (list < job.num_sources)
-            open_sources<S>(block, list, sources);
-        else
-            open_extra<S>(tokens, sources);
-    };
-    int64_t chunks = 0;
-    Sources sources;
-    for (int list = 0; list < num_lists; ++list) {
-        open(list, sources);
-        const Cut cut = cut_sources(sources.frame, job.panel_bytes, floats);
-        chunks += cut.group_chunks * cut.column_chunks;
-    }
-    const bool keeps_state = chunks != 1;
+    KeyLists<S> lists(block, packing, sample, kv_head);
+    const bool keeps_state = lists.chunks() != 1;
     const int64_t kept = keeps_state ? block.targets() : MOST_TARGETS;
     Arena arena{static_cast<char*>(workspace.get(
         STATE, (kept * padded + targets_floats(key_dim) + targets_floats(value_dim)) * 4 + 256))};
@@ -135,16 +136,11 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
                          job.scale);
         });
     };
-    for (int list = 0; list < num_lists; ++list) {
-        open(list, sources);
-        if (sources.is_extra) {
-            packing.operand[0] = job.extra_key;
-            packing.operand[1] = job.extra_value;
-            packing.base[0] = sample * job.extra_key.batch + kv_head * job.extra_key.head;
-            packing.base[1] = sample * job.extra_value.batch + kv_head * job.extra_value.head;
-        }
+    for (int list = 0; list < lists.count(); ++list) {
+        Sources sources;
+        lists.open(list, sources);
         const bool has_bias = bias.data && !sources.is_extra;
-        each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
+        each_chunk<S>(sources, job.panel_bytes, packing.floats<S>(), [&](const Chunk& chunk) {
             Panel panel;
             fill_panel<S>(job, sources, chunk, packing, panel, workspace);
             Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);

@@ -16,31 +16,11 @@ inline void closed_pass(const Job& job, const Panel& panel, const float* queries
                         float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias,
                         float* grad_keys, float* grad_values) {
     constexpr int W = S::LANES;
-    using F = typename S::F;
-    const F factor = S::all(job.scale * LOG2_E), nothing = S::all(-INFINITY);
     const int64_t key_padded = round_up(job.query.dim, W), value_padded = round_up(job.value.dim, W);
-    auto weigh = [&](int v, int t, F sum) VICINAL_LAMBDA {
-        F score = S::mul(sum, factor);
-        if (has_bias) score = S::add(score, S::load(pass.bias[v][t]));
-        score = S::select(pass.seen[v][t], S::sub(score, S::all(tile.lse[t])), nothing);
-        S::store(scores + (v * T + t) * W, exp2_of<S>(score));
-    };
-    dot<S, T>(pass, queries, job.query.dim, panel.transposed[0], panel.width, scores, weigh);
+    weigh_again<S, T>(job, panel, queries, tile, scores, pass, has_bias);
     spread<S, T>(pass, scores, grads, panel.width, value_padded, grad_values);
-    alignas(64) float partial[MOST_VECTORS * T * W];
-    auto differentiate = [&](int v, int t, F sum) VICINAL_LAMBDA {
-        float* at = scores + (v * T + t) * W;
-        const F grad = S::mul(S::load(at), S::sub(sum, S::all(tile.row_sum[t])));
-        S::store(at, S::select(pass.seen[v][t], grad, S::zero()));
-    };
-    dot<S, T>(pass, grads, job.value.dim, panel.transposed[1], panel.width, partial, differentiate);
-    if (grad_bias && has_bias) {
-        for (int v = 0; v < pass.count; ++v)
-            for (int t = 0; t < T; ++t) {
-                float* to = grad_bias + (pass.bias[v][t] - bias);
-                S::store(to, S::add(S::load(to), S::load(scores + (v * T + t) * W)));
-            }
-    }
+    differentiate_scores<S, T>(job, panel, grads, tile, scores, pass);
+    if (grad_bias && has_bias) add_bias_gradient<S, T>(pass, scores, bias, grad_bias);
     spread<S, T>(pass, scores, queries, panel.width, key_padded, grad_keys);
     alignas(64) float ones[MOST_TARGETS];
     for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;

@@ -132,6 +132,44 @@ inline void each_chunk(const Sources& sources, int64_t panel_bytes, int64_t floa
         }
 }
 
+// The keys that a block of queries sees, list by list: those of the grid, then the extra tokens. Opening a list turns
+// `packing` to its keys and values.
+template <class S>
+struct KeyLists {
+    const Block& block;
+    Packing& packing;
+    int64_t sample, head, tokens;
+
+    KeyLists(const Block& b, Packing& p, int64_t s, int64_t h) : block(b), packing(p), sample(s), head(h) {
+        tokens = b.job.extra_lengths ? b.job.extra_lengths[s] : b.job.extra_tokens;
+    }
+    VICINAL_INLINE int count() const { return block.job.num_sources + (tokens ? 1 : 0); }
+
+    VICINAL_INLINE void open(int list, Sources& sources) const {
+        const bool is_extra = list == block.job.num_sources;
+        if (is_extra)
+            open_extra<S>(tokens, sources);
+        else
+            open_sources<S>(block, list, sources);
+        packing.operand[0] = is_extra ? block.job.extra_key : block.job.key;
+        packing.operand[1] = is_extra ? block.job.extra_value : block.job.value;
+        for (int i = 0; i < 2; ++i)
+            packing.base[i] = sample * packing.operand[i].batch + head * packing.operand[i].head;
+    }
+
+    // Panels that all lists take; with one, nothing has to be kept between panels.
+    inline int64_t chunks() const {
+        int64_t total = 0;
+        Sources sources;
+        for (int list = 0; list < count(); ++list) {
+            open(list, sources);
+            const Cut cut = cut_sources(sources.frame, block.job.panel_bytes, packing.template floats<S>());
+            total += cut.group_chunks * cut.column_chunks;
+        }
+        return total;
+    }
+};
+
 // Several floats at once: out[i] = function(in[i]).
 template <class S, class Function>
 VICINAL_INLINE void each_lane(int count, const float* in, float* out, const Function& function) {
@@ -262,29 +300,10 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
     const int64_t q_head = job.first_head + head, kv_head = q_head / job.shared;
     const int64_t padded = round_up(job.value.dim, W), key_dim = job.query.dim;
     Packing packing;
-    packing.operand[0] = job.key;
-    packing.operand[1] = job.value;
-    packing.base[0] = sample * job.key.batch + kv_head * job.key.head;
-    packing.base[1] = sample * job.value.batch + kv_head * job.value.head;
     packing.transposed[0] = packing.rows[1] = true;
     packing.transposed[1] = packing.rows[0] = packing.lanes = false;
-    const int64_t floats = packing.floats<S>();
-    const int64_t tokens = job.extra_lengths ? job.extra_lengths[sample] : job.extra_tokens;
-    const int num_lists = job.num_sources + (tokens ? 1 : 0);
-    const auto open = [&](int list, Sources& sources) {
-        if (list < job.num_sources)
-            open_sources<S>(block, list, sources);
-        else
-            open_extra<S>(tokens, sources);
-    };
-    int64_t chunks = 0;
-    Sources sources;
-    for (int list = 0; list < num_lists; ++list) {
-        open(list, sources);
-        const Cut cut = cut_sources(sources.frame, job.panel_bytes, floats);
-        chunks += cut.group_chunks * cut.column_chunks;
-    }
-    const bool keeps_state = chunks != 1;
+    KeyLists<S> lists(block, packing, sample, kv_head);
+    const bool keeps_state = lists.chunks() != 1;
     const int64_t kept = keeps_state ? block.targets() : MOST_TARGETS;
     Arena arena{static_cast<char*>(workspace.get(STATE, (kept * (padded + 2) + targets_floats(key_dim)) * 4 + 256))};
     float* sums = arena.take<float>(kept * padded);
@@ -302,16 +321,11 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
     const int64_t lse_base = sample * job.lse_batch + q_head * job.lse_head;
     TileRoom<S> room;
     ForwardTile<S> state;
-    for (int list = 0; list < num_lists; ++list) {
-        open(list, sources);
-        if (sources.is_extra) {
-            packing.operand[0] = job.extra_key;
-            packing.operand[1] = job.extra_value;
-            packing.base[0] = sample * job.extra_key.batch + kv_head * job.extra_key.head;
-            packing.base[1] = sample * job.extra_value.batch + kv_head * job.extra_value.head;
-        }
+    for (int list = 0; list < lists.count(); ++list) {
+        Sources sources;
+        lists.open(list, sources);
         const bool has_bias = bias.data && !sources.is_extra;
-        each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
+        each_chunk<S>(sources, job.panel_bytes, packing.floats<S>(), [&](const Chunk& chunk) {
             Panel panel;
             fill_panel<S>(job, sources, chunk, packing, panel, workspace);
             Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
