@@ -13,6 +13,7 @@ from vicinal.layers.rotary import Rotary
 from vicinal.layers.tags import POSITION_BIAS, tag
 from vicinal.layers.words import AnyPattern, at, padded, table_shapes, window_area
 from vicinal.ops.api import attention
+from vicinal.ops.side_by_side import unpack
 from vicinal.pattern.compose import Heads, Pattern, pattern_parts, split_heads
 from vicinal.pattern.counting import count
 
@@ -103,7 +104,7 @@ class PatternAttention(nn.Module):
         pattern = at(self.pattern, grid)
         if self.pad_mode == "legacy":
             inputs = pad_grid(inputs, padded(pattern, grid))
-        query, key, value = self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        query, key, value = unpack(self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim)))
         if self.norm_q is not None and self.norm_k is not None:
             query, key = self.norm_q(query), self.norm_k(key)
         if self.rotary is not None:
