@@ -28,7 +28,7 @@ from vicinal.measure.peers.installed import mend_torchvision
 RESULTS = pathlib.Path(__file__).parent / "results" / "models.json"
 OURS = ("swin_tiny", "nat_tiny", "dinat_tiny")
 PARTS = {
-    "attention": ("vicinal::attend",),
+    "attention": ("vicinal::attend", "_Attend"),
     "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"),
     "convolutions": ("convolution", "conv2d"),
     "norms": ("layer_norm",),

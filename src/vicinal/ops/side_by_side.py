@@ -22,7 +22,7 @@ def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
     is_recorded = torch.is_grad_enabled() and packed.requires_grad
     if torch.compiler.is_compiling() or not is_recorded or not is_plain(packed):
         return packed.unbind(-3)
-    parts: tuple[torch.Tensor, ...] = _Unpack.apply(packed)  # type: ignore[no-untyped-call]
+    parts: tuple[torch.Tensor, ...] = _Unpack.apply(packed)
     return parts
 
 
@@ -85,7 +85,7 @@ class _Unpack(torch.autograd.Function):
         return packed.unbind(-3)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         is_certain = not torch.is_grad_enabled() and all(is_plain(grad) for grad in grads)
         whole = whole_of(grads) if is_certain else None
         return torch.stack(grads, -3) if whole is None else whole
