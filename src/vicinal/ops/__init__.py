@@ -7,12 +7,14 @@ from vicinal.ops.explain import Explanation, explain
 from vicinal.ops.merge import merge_attentions
 from vicinal.ops.na import na1d, na2d, na3d
 from vicinal.ops.scores import apply_scores, attention_scores
+from vicinal.ops.simulator import Simulation, simulate
 
 flop_formula.hand_over()
 
 __all__ = [
     "BackendRefused",
     "Explanation",
+    "Simulation",
     "apply_scores",
     "attention",
     "attention_scores",
@@ -23,5 +25,6 @@ __all__ = [
     "na2d",
     "na3d",
     "reference",
+    "simulate",
     "tiled",
 ]
