@@ -112,8 +112,8 @@ def _settings(options: Options) -> bench.Settings:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for name in options.backends:
-        if name not in known():
-            raise ValueError(f"--backends: {name!r} is none of {', '.join(known())}")
+        if name not in known(with_engines=True):
+            raise ValueError(f"--backends: {name!r} is none of {', '.join(known(with_engines=True))}")
     peers = () if options.peers == ("none",) else options.peers
     for name in peers:
         if name not in PEERS:

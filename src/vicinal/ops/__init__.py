@@ -1,6 +1,6 @@
 """The operator: its public calls, what it checks, and the back ends that compute it."""
 
-from vicinal.ops import cpu, flop_formula, reference, tiled
+from vicinal.ops import cpu, engines, flop_formula, reference, tiled
 from vicinal.ops.api import attention
 from vicinal.ops.backend import BackendRefused
 from vicinal.ops.explain import Explanation, explain
@@ -19,6 +19,7 @@ __all__ = [
     "attention",
     "attention_scores",
     "cpu",
+    "engines",
     "explain",
     "merge_attentions",
     "na1d",

@@ -142,6 +142,11 @@ def _nothing_missing() -> str | None:
     return None
 
 
+def _nothing_refused(problem: Problem) -> list[str]:
+    del problem
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """A way to compute attention.
@@ -150,7 +155,8 @@ class Backend:
     gradients (either may be None), and which gradients are needed. `differentiable` is a forward made of
     plain torch operations that autograd can go through twice. `describe` tells `explain` how the
     problem would be cut up. `reason_missing` tells why this installation or machine lacks what the back end
-    needs, None where it has it; it is first asked when a call comes.
+    needs, None where it has it; it is first asked when a call comes. `further_refusals` tells what no
+    `Capability` can. An engine (`is_engine`) hands problems to somebody else's kernels.
     """
 
     name: str
@@ -160,10 +166,12 @@ class Backend:
     differentiable: Forward
     describe: Callable[[Problem, Any, Layout], dict[str, Any]]
     reason_missing: Callable[[], str | None] = _nothing_missing
+    further_refusals: Callable[[Problem], list[str]] = _nothing_refused
+    is_engine: bool = False
 
     def refusals(self, problem: Problem) -> list[str]:
         """All reasons why the back end cannot take the problem; none means it can."""
-        reasons = self.capability.refusals(problem)
+        reasons = [*self.capability.refusals(problem), *self.further_refusals(problem)]
         missing = self.reason_missing()
         return reasons if missing is None else [*reasons, missing]
 
@@ -181,9 +189,9 @@ def register(backend: Backend) -> None:
     _BACKENDS[backend.name] = backend
 
 
-def known() -> tuple[str, ...]:
-    """Names of the back ends of this installation, in the order of preference."""
-    return tuple(name for name in PREFERENCE if name in _BACKENDS)
+def known(*, with_engines: bool = False) -> tuple[str, ...]:
+    """Names of our own back ends of this installation, in the order of preference; those of engines too if asked."""
+    return tuple(name for name in PREFERENCE if name in _BACKENDS and (with_engines or not _BACKENDS[name].is_engine))
 
 
 def find(name: str) -> Backend:
