@@ -73,9 +73,9 @@ def blocks(member: Member, queries: TileOrder, keys: TileOrder, *, is_masked: bo
 
     With `is_masked` none counts as whole, because something else is left out as well.
 
-    >>> found = blocks(bounds(Near(3), (8,)).groups[0].members[0], *[TileOrder((8,), (4,), (1,))] * 2)
+    >>> found = blocks(bounds(Window(4), (8,)).groups[0].members[0], *[TileOrder((8,), (4,), (1,))] * 2)
     >>> found.touched.tolist(), found.whole.tolist()
-    ([[True, True], [True, True]], [[False, False], [False, False]])
+    ([[True, False], [False, True]], [[True, False], [False, True]])
     """
     touched, whole = np.ones((1, 1), dtype=np.bool_), np.ones((1, 1), dtype=np.bool_)
     for axis, table in enumerate(member):
@@ -89,7 +89,7 @@ def chosen_orders(member: Member, block: int = BLOCK) -> tuple[TileOrder, TileOr
 
     >>> queries, keys = chosen_orders(bounds(Near(7), (56, 56)).groups[0].members[0], 64)
     >>> queries.tile, keys.tile
-    ((8, 8), (8, 8))
+    ((4, 16), (8, 8))
     """
     grid, key_grid = tuple(len(table) for table in member), tuple(table.length for table in member)
     step = tuple(table.step for table in member)
@@ -238,14 +238,27 @@ def row_of(tables: torch.Tensor) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def plan(
-    row: bytes, layout: tuple[int, ...], grid: tuple[int, ...], extra_tokens: int, device: torch.device
+    row: bytes,
+    layout: tuple[int, ...],
+    grid: tuple[int, ...],
+    extra_tokens: int,
+    device: torch.device,
+    order: TileOrder | None = None,
 ) -> tuple[tuple[MemberBlocks, ...], ...]:
-    """For each head group its members; made once for a pattern on a grid and a device."""
+    """For each head group its members; made once for a pattern on a grid and a device.
+
+    With `order` queries and keys are in that order, else in the one that suits the pattern best.
+    """
     groups = unpack_row(np.frombuffer(row, dtype=np.int32), Layout.unpack(layout), grid)
     return tuple(
         tuple(
-            # extra keys go with the first member, so that each counts once
-            member_blocks(member, members[:number], chosen_orders(member), 0 if number else extra_tokens, device)
+            member_blocks(
+                member,
+                members[:number],
+                chosen_orders(member) if order is None else (order, order),
+                0 if number else extra_tokens,  # they go with the first member, so that each counts once
+                device,
+            )
             for number, member in enumerate(members)
         )
         for members in groups

@@ -29,6 +29,7 @@ from vicinal.ops.backend import (
 from vicinal.ops.engines.block_mask import BLOCK, MemberBlocks, blocks, chosen_orders, plan, row_of
 from vicinal.ops.merge import merge_pair
 from vicinal.ops.packing import Layout
+from vicinal.ops.tile_order import TileOrder
 from vicinal.ops.tiled.forward import differentiable
 
 MOST_EAGER_TOKENS = 8192
@@ -101,6 +102,31 @@ def _filled_up(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
     """`[batch, tokens, ...]` with zeros behind it, up to so many tokens."""
     missing = tokens - tensor.shape[1]
     return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1) if missing else tensor
+
+
+def ordered(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tables: torch.Tensor,
+    layout: Layout,
+    order: TileOrder,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of tokens that are in tile order and stay there: `[batch, positions, heads, dim]`."""
+    groups = plan(row_of(tables), layout.packed, order.grid, 0, query.device, order)
+    shared, outs, begin = query.shape[2] // key.shape[2], [], 0
+    for place, members in zip(layout.groups, groups, strict=True):
+        heads = range(begin, begin + place.heads)
+        begin += place.heads
+        keys, values = (_heads_of(tensor, heads, shared) for tensor in (key, value))
+        result: tuple[torch.Tensor, torch.Tensor] | None = None
+        for member in members:
+            found = attend_in_order(query[:, :, heads.start : heads.stop], keys, values, member, scale)
+            result = found if result is None else _merged(result, found)
+        assert result is not None
+        outs.append(result[0])
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
 def attend_in_order(
