@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vicinal.ops.packing import Layout
+from vicinal.pattern.axis import Near
 
 
 class BackendRefused(RuntimeError):
@@ -37,6 +38,8 @@ class Problem:
     num_groups: int = 1
     num_members: int = 1
     needs_double_backward: bool = False
+    neighborhood: tuple[Near, ...] | None = None
+    """One `Near` per axis where that is what the tables are, whatever pattern they were made from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +145,11 @@ def _nothing_missing() -> str | None:
     return None
 
 
+def _always(problem: Problem) -> bool:
+    del problem
+    return True
+
+
 def _nothing_refused(problem: Problem) -> list[str]:
     del problem
     return []
@@ -156,7 +164,8 @@ class Backend:
     plain torch operations that autograd can go through twice. `describe` tells `explain` how the
     problem would be cut up. `reason_missing` tells why this installation or machine lacks what the back end
     needs, None where it has it; it is first asked when a call comes. `further_refusals` tells what no
-    `Capability` can. An engine (`is_engine`) hands problems to somebody else's kernels.
+    `Capability` can. A back end that can, but does not lead (`leads`), is tried after our own kernels for the GPU. An
+    engine (`is_engine`) hands problems to somebody else's kernels.
     """
 
     name: str
@@ -167,6 +176,7 @@ class Backend:
     describe: Callable[[Problem, Any, Layout], dict[str, Any]]
     reason_missing: Callable[[], str | None] = _nothing_missing
     further_refusals: Callable[[Problem], list[str]] = _nothing_refused
+    leads: Callable[[Problem], bool] = _always
     is_engine: bool = False
 
     def refusals(self, problem: Problem) -> list[str]:
@@ -205,6 +215,14 @@ def refusals(problem: Problem) -> dict[str, list[str]]:
     return {name: _BACKENDS[name].refusals(problem) if name in _BACKENDS else list(missing) for name in PREFERENCE}
 
 
+def preference(problem: Problem, able: Sequence[str]) -> list[str]:
+    """The names of those able to take a problem, in the order in which the automatic choice wants them."""
+    waits = [name for name in able if not _BACKENDS[name].leads(problem)]
+    before_triton = PREFERENCE[: PREFERENCE.index("triton") + 1]
+    first = [name for name in able if name in before_triton and name not in waits]
+    return [*first, *waits, *(name for name in able if name not in first and name not in waits)]
+
+
 def check_name(name: Any) -> None:
     """Raise `ValueError` unless `name` is None or the name of a back end, present or planned."""
     if name is not None and name not in PREFERENCE:
@@ -219,12 +237,12 @@ def choose(problem: Problem, name: str | None) -> str:
     """
     reasons = refusals(problem)
     if name is None:
-        for candidate in PREFERENCE:
-            if not reasons[candidate]:
-                if candidate == "tiled" and problem.device == "cpu":
-                    _warn_of_slow_path()
-                return candidate
-        raise BackendRefused(f"no back end can take this problem: {_listed(reasons)}")
+        able = preference(problem, [name for name in PREFERENCE if not reasons[name]])
+        if not able:
+            raise BackendRefused(f"no back end can take this problem: {_listed(reasons)}")
+        if able[0] == "tiled" and problem.device == "cpu":
+            _warn_of_slow_path()
+        return able[0]
     check_name(name)
     if reasons[name]:
         raise BackendRefused(f"backend {name!r} cannot take this problem: {_listed({name: reasons[name]})}")
