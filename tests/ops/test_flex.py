@@ -93,7 +93,7 @@ def compiled_answer(grid: tuple[int, ...], pattern: Any, volume: int, spoil: boo
     query, key, value = torch.randn(3, 2, *grid, 2, 16)
     if spoil:
         ready.block_mask.kv_num_blocks.clamp_(max=1)
-    call = flex.compiled_for(ready, False, with_lse=False)
+    call = flex.compiled_for(ready.block_mask, False, with_lse=False)
     rows = (ready.queries.enter(query), ready.keys.enter(key), ready.keys.enter(value))
     with torch.no_grad():
         out = call(*(tensor.transpose(1, 2) for tensor in rows), 0.25)

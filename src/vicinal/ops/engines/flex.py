@@ -174,21 +174,25 @@ def _compiled(member: MemberBlocks, dtype: torch.dtype, shape: tuple[int, ...], 
     """FlexAttention compiled for one member's mask and one kind of tensors."""
     kind = (dtype, shape, needs_grad)
     if kind not in member.compiled:
-        member.compiled[kind] = compiled_for(member, shape[2] != shape[5], with_lse=True)
+        member.compiled[kind] = compiled_for(member.block_mask, shape[2] != shape[5], with_lse=True)
     return member.compiled[kind]
 
 
-def compiled_for(member: MemberBlocks, is_grouped: bool, *, with_lse: bool) -> Callable[..., Any]:
+def compiled_for(
+    block_mask: Any, is_grouped: bool, *, with_lse: bool, kernel_options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """FlexAttention as a function of query, key, value `[batch, heads, positions, dim]` and scale, to be compiled.
 
-    The compiler counts how often it compiles one piece of code and gives up after a few, so each gets its own.
+    `kernel_options` are FlexAttention's own. The compiler counts how often it compiles one piece of code and gives up
+    after a few times, so each function gets its own.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    options = _options(is_grouped) if with_lse else {"enable_gqa": is_grouped}
+    options: dict[str, Any] = _options(is_grouped) if with_lse else {"enable_gqa": is_grouped}
+    options["kernel_options"] = kernel_options
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Any:
-        found = flex_attention(query, key, value, block_mask=member.block_mask, scale=scale, **options)
+        found = flex_attention(query, key, value, block_mask=block_mask, scale=scale, **options)
         return (found[0], found[1].lse) if with_lse else found
 
     own = types.FunctionType(run.__code__.replace(co_name="flex"), run.__globals__, None, None, run.__closure__)
