@@ -314,8 +314,9 @@ def _peak_mb(task: Task, prepared: Prepared) -> float | None:
 
 
 def _release(device: str) -> None:
-    gc.collect()
+    """Give a GPU's memory back, for which contenders that are gone must be gone from Python too."""
     if torch.device(device).type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
