@@ -152,8 +152,10 @@ def test_flex_names_what_it_does_not_take_on_a_gpu() -> None:
 def test_flex_is_an_engine_and_never_the_choice_on_a_cpu() -> None:
     assert "flex" not in backends.known()
     assert "flex" in backends.known(with_engines=True)
-    query = torch.empty(1, 64, 2, 16)
-    assert vicinal.explain(query, query, query, Near(9)).backend in ("cpu", "tiled")
+    problem = explain_sizes(Near(9), (64,), head_dim=(16, 16)).problem
+    assert backends.preference(problem, ["flex", "tiled"]) == ["tiled"]
+    on_gpu = explain_sizes(Near(9), (64,), head_dim=(16, 16), place=("cuda", "float16")).problem
+    assert backends.preference(on_gpu, ["flex", "tiled"]) == ["flex", "tiled"]
 
 
 def test_explanation_tells_the_tiles_and_how_many_are_visited() -> None:

@@ -150,6 +150,11 @@ def _always(problem: Problem) -> bool:
     return True
 
 
+def _never(problem: Problem) -> bool:
+    del problem
+    return False
+
+
 def _nothing_refused(problem: Problem) -> list[str]:
     del problem
     return []
@@ -164,8 +169,8 @@ class Backend:
     plain torch operations that autograd can go through twice. `describe` tells `explain` how the
     problem would be cut up. `reason_missing` tells why this installation or machine lacks what the back end
     needs, None where it has it; it is first asked when a call comes. `further_refusals` tells what no
-    `Capability` can. A back end that can, but does not lead (`leads`), is tried after our own kernels for the GPU. An
-    engine (`is_engine`) hands problems to somebody else's kernels.
+    `Capability` can. A back end that can, but does not lead (`leads`), is tried after our own kernels for the GPU, and
+    one that is there `only_by_name` never. An engine (`is_engine`) hands problems to somebody else's kernels.
     """
 
     name: str
@@ -177,6 +182,7 @@ class Backend:
     reason_missing: Callable[[], str | None] = _nothing_missing
     further_refusals: Callable[[Problem], list[str]] = _nothing_refused
     leads: Callable[[Problem], bool] = _always
+    only_by_name: Callable[[Problem], bool] = _never
     is_engine: bool = False
 
     def refusals(self, problem: Problem) -> list[str]:
@@ -217,6 +223,7 @@ def refusals(problem: Problem) -> dict[str, list[str]]:
 
 def preference(problem: Problem, able: Sequence[str]) -> list[str]:
     """The names of those able to take a problem, in the order in which the automatic choice wants them."""
+    able = [name for name in able if not _BACKENDS[name].only_by_name(problem)]
     waits = [name for name in able if not _BACKENDS[name].leads(problem)]
     before_triton = PREFERENCE[: PREFERENCE.index("triton") + 1]
     first = [name for name in able if name in before_triton and name not in waits]

@@ -233,6 +233,11 @@ def _refusals(problem: Problem) -> list[str]:
     return reasons
 
 
+def only_by_name(problem: Problem) -> bool:
+    """On a CPU it is slow, large and without gradients: there for those who ask for it."""
+    return problem.device != "cuda"
+
+
 def _size(grid: tuple[int, ...]) -> int:
     size = 1
     for length in grid:
@@ -281,6 +286,7 @@ register(
         describe=_describe,
         reason_missing=reason_missing,
         further_refusals=_refusals,
+        only_by_name=only_by_name,
         is_engine=True,
     )
 )
