@@ -35,7 +35,8 @@ class TileOrdered(nn.Module):
 
     A kernel that works on sequences needs every tile of the grid in one piece of memory. Permuting query, key, value
     and output in every layer costs time each; here tokens are permuted twice in all. Between attention layers a
-    transformer treats tokens one by one, so it does not matter in which order they are.
+    transformer treats tokens one by one, so it does not matter in which order they are. It pays where FlexAttention
+    compiled does the attention (`backend="flex"` on CUDA); other back ends are given the grid in every layer.
 
     >>> from vicinal.layers.block import Block
     >>> from vicinal.layers.mlp import Mlp
