@@ -51,9 +51,7 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.xavier_uniform_(self.value.weight)
             nn.init.xavier_uniform_(self.proj.weight)
 
-    def forward(
-        self, queries: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, grids: Grids
-    ) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, grids: Grids) -> torch.Tensor:
         """Queries `[batch, queries, dim]`, tokens `[batch, tokens, dim]`, places `[queries, 2]` to queries' shape.
 
         Places are (column, row) as parts of the whole map, as `centers` gives them; offsets count a map's own pixels.
@@ -87,9 +85,7 @@ def centers(grids: Grids, device: torch.device | None = None) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def sum_of_samples(
-    value: torch.Tensor, grids: Grids, places: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def sum_of_samples(value: torch.Tensor, grids: Grids, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """What places hold, interpolated and summed with weights: `[batch, queries, heads * head_dim]`.
 
     Outside of a map is zero. The same as `grid_sample` with `align_corners=False` and zero padding, level by level.
@@ -148,7 +144,7 @@ def _corners(
 
 def _by_level(value: torch.Tensor, grids: Grids, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`grid_sample` on each level, which every device has."""
-    batch, _, heads, head_dim = value.shape
+    batch, _, heads, _ = value.shape
     maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([rows * columns for rows, columns in grids], -1)
     spots = (2 * places - 1).transpose(1, 2).flatten(0, 1)
     shares = weights.transpose(1, 2).flatten(0, 1)
