@@ -200,7 +200,7 @@ _TRANSFORMERS_MASK2FORMER = (
     rule("decoder.level_embed.weight", _MODULE + "level_embed.weight"),
     rule("decoder.norm.{rest}", _DECODER + "layernorm.{rest}"),
     rule("decoder.classes.{rest}", "class_predictor.{rest}"),
-    *_named("decoder.", _DECODER, {"masks.layers.{i}": "mask_predictor.mask_embedder.layers.{i}.0"}),
+    *_named("decoder.", _DECODER, {"masks.layers.{i}": "mask_predictor.mask_embedder.{i}.0"}),
     *_attention("decoder.layers.{j}.cross", _DECODER + "layers.{j}.cross_attn"),
     *_split_attention("decoder.layers.{j}.own", _DECODER + "layers.{j}.self_attn"),
     *_named(
