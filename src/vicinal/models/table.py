@@ -33,8 +33,8 @@ def markdown() -> str:
     True
     """
     classifiers = registry.classifiers()
-    segmenters = [name for name in registry.list_models() if name not in classifiers]
-    return HEAD + _table(classifiers) + SEGMENTERS + _table(segmenters)
+    others = [name for name in registry.list_models() if name not in classifiers]
+    return HEAD + _table(sorted(classifiers)) + SEGMENTERS + _table(others)
 
 
 def _table(names: list[str]) -> str:
