@@ -106,40 +106,43 @@ def sum_of_samples(value: torch.Tensor, grids: Grids, places: torch.Tensor, weig
 
 def _by_rows(value: torch.Tensor, grids: Grids, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """All levels at once: a weighted sum of rows of one table, which never holds the samples themselves."""
-    batch, tokens, heads, head_dim = value.shape
-    rows, corner_weights = _corners(grids, places, weights, tokens)
-    table = value.reshape(batch * tokens * heads, head_dim)
+    batch, queries, heads = places.shape[:3]
+    table, starts = _bordered(value, grids)
+    sizes = torch.tensor([(columns, rows) for rows, columns in grids], dtype=places.dtype, device=places.device)
+    # from half a pixel outside of the border on there is nothing; places that are no number get somewhere, unread
+    positions = torch.minimum((places * sizes[:, None] + 0.5).clamp(min=0), (sizes + 1)[:, None])
+    lower = positions.detach().floor()
+    across, down = (positions - lower).unbind(-1)
+    widths = (sizes[:, :1] + 3).to(torch.int32)
+    column, row = lower.to(torch.int32).unbind(-1)
+    image = torch.arange(batch, dtype=torch.int32, device=places.device)[:, None, None, None, None]
+    first = (row * widths + column + starts[:, None] + image * (table.shape[1])).clamp_(0, batch * table.shape[1] - 1)
+    steps = torch.stack([torch.zeros_like(widths), torch.ones_like(widths), widths, widths + 1], -1)
+    head = torch.arange(heads, dtype=torch.int32, device=places.device)[:, None, None, None]
+    rows = (first[..., None] + steps) * heads + head
+    lower_row = weights * (1 - down)
+    upper_row = weights * down
+    corners = (lower_row * (1 - across), lower_row * across, upper_row * (1 - across), upper_row * across)
     out = nn.functional.embedding_bag(
-        rows.reshape(batch * places.shape[1] * heads, -1),
-        table,
-        per_sample_weights=corner_weights.reshape(batch * places.shape[1] * heads, -1).to(table.dtype),
+        rows.view(batch * queries * heads, -1),
+        table.reshape(-1, value.shape[-1]),
+        per_sample_weights=torch.stack(corners, -1).view(batch * queries * heads, -1).to(table.dtype),
         mode="sum",
     )
-    return out.view(batch, places.shape[1], heads * head_dim)
+    return out.view(batch, queries, -1)
 
 
-def _corners(
-    grids: Grids, places: torch.Tensor, weights: torch.Tensor, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four pixels around each place: their rows in the table, and their weights, 0 outside of the map."""
-    batch, _, heads = places.shape[:3]
-    sizes = torch.tensor([(columns, rows) for rows, columns in grids], dtype=torch.int32, device=places.device)
-    positions = places * sizes[:, None] - 0.5
-    lower = positions.detach().floor()
-    part = positions - lower
-    ends = lower.to(torch.int32)[..., None] + torch.arange(2, dtype=torch.int32, device=places.device)
-    last = sizes[:, None, :, None] - 1
-    kept = ends.clamp(min=torch.zeros_like(last), max=last)
-    shares = torch.stack([1 - part, part], -1) * (ends == kept)  # [..., points, (column, row), (lower, upper)]
+def _bordered(value: torch.Tensor, grids: Grids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every map with one row of zeros before it and two behind, and where each map starts."""
+    maps = value.flatten(2).split([rows * columns for rows, columns in grids], 1)
+    padded = [
+        nn.functional.pad(one.unflatten(1, grid), (0, 0, 1, 2, 1, 2)).flatten(1, 2)
+        for one, grid in zip(maps, grids, strict=True)
+    ]
     starts = [0]
-    for rows, columns in grids:
-        starts.append(starts[-1] + rows * columns)
-    first = torch.tensor(starts[:-1], dtype=torch.int32, device=places.device)[:, None, None, None]
-    number = kept[..., 1, :, None] * sizes[:, None, None, None, 0] + kept[..., 0, None, :] + first
-    head = torch.arange(heads, dtype=torch.int32, device=places.device)[:, None, None, None, None]
-    image = torch.arange(batch, dtype=torch.int32, device=places.device).view(-1, 1, 1, 1, 1, 1, 1)
-    corner_weights = shares[..., 1, :, None] * shares[..., 0, None, :] * weights[..., None, None]
-    return (number + image * tokens) * heads + head, corner_weights
+    for one in padded:
+        starts.append(starts[-1] + one.shape[1])
+    return torch.cat(padded, 1), torch.tensor(starts[:-1], dtype=torch.int32, device=value.device)
 
 
 def _by_level(value: torch.Tensor, grids: Grids, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
