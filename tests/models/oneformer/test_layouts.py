@@ -118,3 +118,21 @@ def test_a_published_file_loads_by_its_path(tmp_path):
     assert torch.equal(other.decoder.norm.weight, trained.decoder.norm.weight)
     with pytest.raises(loading.CheckpointMismatch, match="query_embed"):
         vicinal.create_model("oneformer_dinat_large_ade20k", tmp_path / "weights.pth", **{**fields, "num_queries": 12})
+
+
+@pytest.mark.parametrize("name", ["oneformer_swin_large_coco", "mask2former_dinat_large_ade20k_semantic"])
+def test_a_whole_checkpoint_is_identified(name):
+    theirs = {key: torch.empty(shape, device="meta") for key, shape in SETS[name]()}
+    assert registry.holds_segmenter(theirs)
+    best, *others = registry.identify(theirs)
+    assert (best.name, best.problems, best.options) == (name, 0, {})
+    assert best.layout == "published"
+    assert all(other.problems for other in others)
+
+
+def test_a_segmenter_for_other_classes_is_identified_with_them():
+    theirs = dict(published_segmenters.segmenter(published.nat(192, DINAT, 2, kernel=11), WIDTHS, 250, 9))
+    found = registry.identify({key: torch.empty(shape, device="meta") for key, shape in theirs.items()})
+    assert found[0].problems == 0
+    assert found[0].options == {"num_classes": 9}
+    assert found[0].name in ("oneformer_dinat_large_ade20k", "oneformer_dinat_large_mapillary")
