@@ -17,7 +17,7 @@ import torch
 
 from vicinal.models.layout import State
 
-_CONTAINERS = ("model", "state_dict", "state_dict_ema", "model_state_dict")
+_CONTAINERS = ("model", "state_dict", "state_dict_ema", "model_state_dict", "state_dicts", "g_ema")
 _WHOLE_PREFIXES = ("module.", "_orig_mod.", "model.")
 """Taken off where every name has it: what parallel training, compilation and Lightning put around a model."""
 
@@ -25,6 +25,7 @@ _PREFIXES = (
     "backbone.",
     "encoder.backbone.",
     "model.pixel_level_module.encoder.",
+    "generator.",  # a generator beside the discriminator it was trained with
     "pixel_level_module.encoder.",  # where all names began with "model."
 )
 _DEEPEST = 4

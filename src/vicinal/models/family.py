@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vicinal.layers.pyramid import Pyramid
+import torch
+from torch import nn
+
 from vicinal.models.layout import Layout
 
 
@@ -26,9 +28,15 @@ class Published:
 
 @dataclass(frozen=True)
 class Family:
-    """Named configurations, `build` from one of them to a model, and the layouts of weights elsewhere."""
+    """Named configurations, `build` from one of them to a model, and the layouts of weights elsewhere.
+
+    `is_backbone` says that the models are `Pyramid`s, which take images. `hint` says in words what a checkpoint that
+    does not fit a model looks like, or gives nothing.
+    """
 
     variants: Mapping[str, Any]
-    build: Callable[[Any], Pyramid]
+    build: Callable[[Any], nn.Module]
     layouts: Mapping[str, Layout]
     published: Mapping[str, tuple[Published, ...]] = field(default_factory=dict)
+    is_backbone: bool = True
+    hint: Callable[[Mapping[str, torch.Tensor], nn.Module], str] = lambda state, model: ""

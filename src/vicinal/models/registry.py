@@ -35,6 +35,7 @@ MODULES = (
     "maxvit",
     "litv2",
     "focalnet",
+    "stylenat",
 )
 """Files of `vicinal.models` that hold a FAMILY."""
 
@@ -53,6 +54,15 @@ def families() -> dict[str, Family]:
         family: Family = importlib.import_module(f"vicinal.models.{module}").FAMILY
         found.update(dict.fromkeys(family.variants, family))
     return found
+
+
+def backbones() -> list[str]:
+    """The names of models that take images; the others make them.
+
+    >>> "nat_mini" in backbones(), "stylenat_ffhq256" in backbones()
+    (True, False)
+    """
+    return sorted(name for name, family in families().items() if family.is_backbone)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -101,6 +111,8 @@ def create_model(
 ) -> nn.Module:
     """A model by name: images `[batch, 3, height, width]` to logits, or to a list of feature maps.
 
+    The `stylenat` names are generators, from latents `[batch, 512]` to images.
+
     >>> model = vicinal.create_model("dinat_mini", num_classes=10, dilations="max")
     >>> model(torch.randn(1, 3, 64, 64)).shape
     torch.Size([1, 10])
@@ -120,6 +132,8 @@ def create_model(
     classes = {} if num_classes is None else {"num_classes": num_classes}
     config = config_of(name, **overrides, **classes)
     family = families()[name]
+    if features_only and not family.is_backbone:
+        raise ValueError(f"features_only is for models that take images; {name} makes them")
     model: nn.Module = family.build(config)
     if features_only:
         assert isinstance(model, Pyramid)
@@ -142,7 +156,8 @@ def _load(
     try:
         loading.load(model, state, family, use_classifier=not fresh_head, resize_bias=resize_bias)
     except loading.CheckpointMismatch as error:
-        raise loading.CheckpointMismatch(f"{name} from {pretrained}: {error}", error.fit) from None
+        hint = family.hint(state, model)
+        raise loading.CheckpointMismatch(f"{name} from {pretrained}: {hint}{error}", error.fit) from None
 
 
 def classes_of(state: Mapping[str, torch.Tensor], family: Family) -> int | None:
@@ -190,7 +205,7 @@ def identify(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
         forms += [(name, ()), *((name, change) for change in changes if _SIZES & set(dict(change)))]
     found = [_candidate(state, name, dict(options)) for name, options in _nearest(state, forms)]
     if not any(candidate.has_classifier for candidate in found):  # as detection and segmentation code saves backbones
-        bare: list[Form] = [(name, (("features_only", True),)) for name in families()]
+        bare: list[Form] = [(name, (("features_only", True),)) for name in backbones()]
         found += [_candidate(state, name, dict(options)) for name, options in _nearest(state, bare)]
     return sorted(found, key=lambda candidate: candidate.problems)
 
@@ -225,7 +240,7 @@ def _meta_model(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
     is_bare = overrides.pop("features_only", False)
     with torch.device("meta"):
         model = families()[name].build(config_of(name, **overrides))
-        return Features(model, use_norms=True) if is_bare else model
+        return Features(model, use_norms=True) if is_bare and isinstance(model, Pyramid) else model
 
 
 def _candidate(state: Mapping[str, torch.Tensor], name: str, options: Mapping[str, Any]) -> Candidate:
