@@ -59,11 +59,11 @@ def look(model: StyleNAT, mapped: torch.Tensor, at_level: int, block: int = 0) -
 
 
 def group_panels(model: StyleNAT, mapped: torch.Tensor, block: int = 0) -> list[Panel]:
-    """The picture, and for every level above 4x4 each group of heads: where the middle query (red) looks.
+    r"""The picture, and for every level above 4x4 each group of heads: where the middle query (red) looks.
 
     >>> model = vicinal.create_model("stylenat_fashion32")
-    >>> [panel.caption for panel in group_panels(model, torch.zeros(1, model.latent_size))][-1]
-    '32x32, head 2: Near(7, dilation=4)'
+    >>> group_panels(model, torch.zeros(1, model.latent_size))[-1].caption.split("\n")
+    ['32x32, head 2', 'Near(7, dilation=4)']
     """
     with torch.no_grad():
         picture = _pixels(model.to_bytes(model.synthesis(mapped))[0])
@@ -78,7 +78,7 @@ def group_panels(model: StyleNAT, mapped: torch.Tensor, block: int = 0) -> list[
         for members, count in zip(groups, split_heads(mixer.num_heads, len(groups), sizes), strict=True):
             own = weights[first : first + count].mean(0).double().cpu().numpy()
             kinds = " + ".join(repr(axes[0]) for axes in members)
-            caption = f"{size}x{size}, {_heads(first, count)}: {kinds}"
+            caption = f"{size}x{size}, {_heads(first, count)}\n{kinds}"
             panels.append(Panel(shaded(picture, own, query), caption))
             first += count
     return panels

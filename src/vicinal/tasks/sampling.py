@@ -12,8 +12,9 @@ import torch
 
 from vicinal.data.chance import sample_random
 from vicinal.data.dataset import DataMissing
-from vicinal.models import registry
+from vicinal.models import loading, registry
 from vicinal.models.checkpoint import find, read
+from vicinal.models.layout import Fit
 from vicinal.models.stylenat import StyleNAT
 
 LAST_SEED = 2**32 - 1
@@ -57,7 +58,9 @@ def open_generator(
     if name is None:
         assert path is not None
         name = generator_of(path)
-    model = registry.create_model(name, path, **dict(overrides or {}))
+    with torch.random.fork_rng():  # fresh weights are the same each time too, and nobody else's draws change
+        torch.manual_seed(0)
+        model = registry.create_model(name, path, **dict(overrides or {}))
     assert isinstance(model, StyleNAT)
     place = _device(device)
     return Generator(model.eval().requires_grad_(False).to(place), name, "none" if path is None else str(path))
@@ -74,16 +77,24 @@ def generators() -> list[str]:
 
 def generator_of(path: Path) -> str:
     """The name of the generator that a checkpoint is of."""
-    candidates = registry.identify(read(path).state)
-    best = candidates[0]
-    if best.problems:
-        raise ValueError(
-            f"{path} is of no model known here; the nearest is {best.name}: {best.fit}. Where its configuration is "
-            "one of your own, give the model's name and the changes"
-        )
-    if best.name not in generators():
-        raise ValueError(f"{path} is of {best.name}, which makes no pictures; generators are {', '.join(generators())}")
-    return best.name
+    state = read(path).state
+    found: dict[str, Fit] = {}
+    for name in generators():
+        with torch.device("meta"):
+            model = registry.create_model(name)
+        _, _, fit = loading.match(state, model, registry.families()[name])
+        if fit.is_exact:
+            return name
+        found[name] = fit
+    nearest = min(found, key=lambda name: _problems(found[name]))
+    raise ValueError(
+        f"{path} is of no generator known here; the nearest is {nearest}: {found[nearest]}. Where the configuration is "
+        "one of your own, give the model's name and the changes; `vicinal weights FILE` knows other models"
+    )
+
+
+def _problems(fit: Fit) -> int:
+    return len(fit.missing) + len(fit.extra) + len(fit.misshapen)
 
 
 def _file(weights: str | Path) -> Path:
