@@ -91,6 +91,7 @@ def _parser() -> Parser:
     _add_train(commands)
     _add_trained(commands)
     _add_data(commands)
+    _add_distance(commands)
     return parser
 
 
@@ -244,6 +245,26 @@ def _add_data(commands: Any) -> None:
         "changes", nargs="*", metavar="KEY=VALUE", help="changes to the description, such as folder=..."
     )
     parser.add_argument("--check", action="store_true", help="read every sample and name those that cannot be read")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+def _add_distance(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import distance
+
+        distance.run(options)
+
+    parser = _add(commands, "distance", "how far generated pictures are from real ones: Fréchet distance and more", run)
+    parser.add_argument("real", metavar="REAL", help="a folder of pictures")
+    parser.add_argument("generated", metavar="GENERATED", help="another")
+    parser.add_argument(
+        "--inception",
+        metavar="FILE",
+        help="weights of pytorch-fid's Inception, for published distances; EfficientNet-Lite0 without",
+    )
+    parser.add_argument("--size", type=int, metavar="N", help="pixels a side that EfficientNet-Lite0 looks at (224)")
+    parser.add_argument("--k", type=int, default=3, metavar="K", help="neighbors of precision and recall (3)")
+    parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="pictures at a time (50)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
 
 
