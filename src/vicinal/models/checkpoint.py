@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -42,8 +42,10 @@ class Checkpoint:
     wrappers: tuple[str, ...] = ()
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path, container: str | None = None) -> Checkpoint:
     """The tensors of a safetensors file or of a torch file; a torch file may hold nothing but tensors and plain values.
+
+    `container` names what to take of a file that holds several models ("d", the discriminator of a GAN).
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
@@ -56,7 +58,7 @@ def read(path: str | Path) -> Checkpoint:
         start = file.read(9)
     # a safetensors file begins with the length of its header, 8 bytes, and the header, whatever its name says
     content = _read_safetensors(path) if path.suffix == ".safetensors" or start[8:] == b"{" else _read_torch(path)
-    return unwrap(content)
+    return unwrap(content, container)
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -85,14 +87,15 @@ def _read_torch(path: Path) -> Any:
         ) from None
 
 
-def unwrap(content: Any) -> Checkpoint:
-    """The tensors in what a file holds.
+def unwrap(content: Any, container: str | None = None) -> Checkpoint:
+    """The tensors in what a file holds; `container` as in `read`.
 
     >>> unwrap({"state_dict": {"backbone.a": torch.ones(1), "decode_head.b": torch.ones(1)}}).state.keys()
     dict_keys(['a'])
     """
     wrappers: list[str] = []
-    state = _tensors(content, wrappers)
+    names = _CONTAINERS if container is None else ("state_dicts", container)
+    state = _tensors(content, wrappers, names)
     if not isinstance(content, Mapping):
         raise ValueError(f"a checkpoint must hold named tensors, got {type(content).__name__}")
     if not state:
@@ -109,13 +112,13 @@ def unwrap(content: Any) -> Checkpoint:
     return Checkpoint(state, tuple(wrappers))
 
 
-def _tensors(content: Any, wrappers: list[str], depth: int = 0) -> State:
+def _tensors(content: Any, wrappers: list[str], names: Sequence[str], depth: int = 0) -> State:
     """The named tensors in the innermost container; a container without any (a configuration) is passed over."""
     if not isinstance(content, Mapping) or depth > _DEEPEST:
         return {}
-    for name in _CONTAINERS:
+    for name in names:
         inner: list[str] = []
-        found = _tensors(content.get(name), inner, depth + 1)
+        found = _tensors(content.get(name), inner, names, depth + 1)
         if found:
             wrappers += [f'["{name}"]', *inner]
             return found
