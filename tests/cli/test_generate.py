@@ -15,6 +15,7 @@ from vicinal.cli import generate
 from vicinal.cli.main import BAD_REQUEST, main
 from vicinal.data.dataset import DataMissing
 from vicinal.data.picture import read_picture
+from vicinal.recipes import shipped
 
 image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -157,9 +158,7 @@ def test_a_damaged_file_of_weights_gets_one_sentence(tmp_path, capsys):
 
 
 def test_without_shipped_weights_it_says_what_to_do(monkeypatch, tmp_path, capsys):
-    from vicinal.recipes import generator
-
-    monkeypatch.setattr(generator, "FOLDER", tmp_path)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     with pytest.raises(DataMissing, match="vicinal train stylenat_fashion_mnist"):
         generate.shipped_generator()
     assert run("--out", tmp_path / "out") == BAD_REQUEST

@@ -1,4 +1,4 @@
-"""Drawing from a generator: seeds, truncation, walks, which file is of which model, and what is refused."""
+"""Drawing from a generator: seeds, truncation, walks, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vicinal
-from vicinal.tasks.sampling import LAST_SEED, Sampler, curve, generator_of, latents_of, open_generator
+from vicinal.tasks.sampling import LAST_SEED, Sampler, curve, latents_of
 
 SMALL = {
     "image_size": 16,
@@ -23,7 +23,7 @@ SMALL = {
 def model():
     """A generator whose pictures differ from latent to latent."""
     torch.manual_seed(0)
-    made = open_generator(None, "stylenat_ffhq256", SMALL).model
+    made = vicinal.create_model("stylenat_ffhq256", **SMALL).eval().requires_grad_(False)
     for name, parameter in made.named_parameters():
         if parameter.dim() == 2 and "affine" not in name and "mapper" not in name:
             parameter.normal_(0, 0.2)
@@ -52,13 +52,7 @@ def test_pictures_are_those_of_the_model(model):
 def test_seeds_leave_the_global_generator_alone(model):
     before = torch.get_rng_state()
     drawn(model, range(3))
-    open_generator(None, "stylenat_fashion32")
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_fresh_weights_are_the_same_each_time():
-    first, second = (open_generator(None, "stylenat_fashion32").model.state_dict() for _ in range(2))
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_latents_are_normal_and_a_seeds_own():
@@ -104,27 +98,6 @@ def test_a_curve_is_smooth_where_its_parts_meet():
     torch.testing.assert_close(fine[::1000], points)
 
 
-def test_the_model_of_a_file_is_found(tmp_path):
-    made = vicinal.create_model("stylenat_fashion32")
-    torch.save({"g_ema": made.state_dict()}, tmp_path / "weights.pt")
-    found = open_generator(tmp_path / "weights.pt")
-    assert (found.name, found.weights) == ("stylenat_fashion32", str(tmp_path / "weights.pt"))
-    assert torch.equal(found.model.constant, made.constant)
-    assert not found.model.training
-
-
-def test_weights_of_another_resolution_and_of_no_generator_get_a_sentence(tmp_path, model):
-    torch.save(vicinal.create_model("stylenat_fashion32").state_dict(), tmp_path / "small.pt")
-    with pytest.raises(ValueError, match="generator of 32x32 images, this one makes 16x16"):
-        open_generator(tmp_path / "small.pt", "stylenat_fashion32", {"image_size": 16})
-    torch.save(vicinal.create_model("nat_mini").state_dict(), tmp_path / "nat.pt")
-    with pytest.raises(ValueError, match=r"nat\.pt is of no generator known here; the nearest is stylenat_"):
-        generator_of(tmp_path / "nat.pt")
-    torch.save(model.state_dict(), tmp_path / "own.pt")
-    with pytest.raises(ValueError, match=r"own\.pt is of no generator known here.* give the model's name"):
-        generator_of(tmp_path / "own.pt")
-
-
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -134,13 +107,6 @@ def test_weights_of_another_resolution_and_of_no_generator_get_a_sentence(tmp_pa
         (lambda model: Sampler(model, truncation=float("nan")), "truncation must be"),
         (lambda model: Sampler(model, batch_size=0), "batch_size must be at least 1"),
         (lambda model: Sampler(model).between([1, 2, 3], 2), "a seed and a frame for each"),
-        (lambda model: open_generator(None, "nat_mini"), "nat_mini makes no pictures; generators are stylenat"),
-        (lambda model: open_generator(None, "stylenat"), "there is no model 'stylenat'; did you mean stylenat_"),
-        (lambda model: open_generator(None), "which model"),
-        (lambda model: open_generator("no/such.pt"), "there is no file of weights no/such.pt"),
-        (lambda model: open_generator(None, "stylenat_fashion32", {"image_size": 24}), "power of two"),
-        (lambda model: open_generator(None, "stylenat_fashion32", device="abacus"), "device must be"),
-        (lambda model: open_generator(None, "stylenat_fashion32", device="meta"), "device must be cpu, cuda, mps"),
     ],
 )
 def test_wrong_input_is_refused(model, wrong, words):

@@ -16,10 +16,11 @@ from vicinal.cli.terminal import console
 from vicinal.data.dataset import Image
 from vicinal.data.saving import check_film, enlarged, save_film, save_png, sheet
 from vicinal.models.registry import config_of
-from vicinal.recipes.generator import shipped_generator
+from vicinal.recipes.shipped import shipped_generator
 from vicinal.tasks.head_maps import group_panels
-from vicinal.tasks.sampling import Generator, Sampler, checked, latents_of, open_generator
+from vicinal.tasks.sampling import Sampler, checked, latents_of
 from vicinal.training.drawing import save_panels
+from vicinal.training.generator import Generator, open_generator
 from vicinal.training.written import override
 
 VISIBLE = 128

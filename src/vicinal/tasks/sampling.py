@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from vicinal.data.chance import sample_random
-from vicinal.data.dataset import DataMissing
-from vicinal.models import loading, registry
-from vicinal.models.checkpoint import find, read
-from vicinal.models.layout import Fit
 from vicinal.models.stylenat import StyleNAT
 
 LAST_SEED = 2**32 - 1
@@ -23,101 +17,6 @@ SMALL, AT_ONCE = 64, 16
 
 Announce = Callable[[int], None]
 """Told how many pictures are done."""
-
-
-@dataclass(frozen=True)
-class Generator:
-    """A generator ready to be drawn from: the model, its name, and where its weights are from."""
-
-    model: StyleNAT
-    name: str
-    weights: str
-
-
-def open_generator(
-    weights: str | Path | None,
-    name: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    device: str | None = None,
-) -> Generator:
-    """A generator from a file of weights in any known layout; `name` is found from the file where it is not given.
-
-    Without `weights` the model is fresh and makes noise, which shows what it costs. `overrides` are fields of its
-    configuration, and need a name.
-
-    >>> open_generator(None, "stylenat_fashion32").model.image_size
-    32
-    """
-    if name is not None:
-        registry.config_of(name)  # an unknown name is told with its nearest
-        if registry.families()[name].is_backbone:
-            raise ValueError(f"{name} makes no pictures; generators are {', '.join(generators())}")
-    if name is None and (weights is None or overrides):
-        raise ValueError(f"which model? generators are {', '.join(generators())}")
-    path = None if weights is None else _file(weights)
-    if name is None:
-        assert path is not None
-        name = generator_of(path)
-    with torch.random.fork_rng():  # fresh weights are the same each time too, and nobody else's draws change
-        torch.manual_seed(0)
-        model = registry.create_model(name, path, **dict(overrides or {}))
-    assert isinstance(model, StyleNAT)
-    place = _device(device)
-    return Generator(model.eval().requires_grad_(False).to(place), name, "none" if path is None else str(path))
-
-
-def generators() -> list[str]:
-    """The names of models that make pictures.
-
-    >>> "stylenat_ffhq256" in generators()
-    True
-    """
-    return sorted(name for name, family in registry.families().items() if not family.is_backbone)
-
-
-def generator_of(path: Path) -> str:
-    """The name of the generator that a checkpoint is of."""
-    state = read(path).state
-    found: dict[str, Fit] = {}
-    for name in generators():
-        with torch.device("meta"):
-            model = registry.create_model(name)
-        _, _, fit = loading.match(state, model, registry.families()[name])
-        if fit.is_exact:
-            return name
-        found[name] = fit
-    nearest = min(found, key=lambda name: _problems(found[name]))
-    raise ValueError(
-        f"{path} is of no generator known here; the nearest is {nearest}: {found[nearest]}. Where the configuration is "
-        "one of your own, give the model's name and the changes; `vicinal weights FILE` knows other models"
-    )
-
-
-def _problems(fit: Fit) -> int:
-    return len(fit.missing) + len(fit.extra) + len(fit.misshapen)
-
-
-def _file(weights: str | Path) -> Path:
-    path = Path(weights).expanduser()
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if path.is_file() or "://" in str(weights):
-        return find(path if path.is_file() else weights)
-    raise DataMissing(f"there is no file of weights {path}")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or the like, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: there is no CUDA here")
-    if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise ValueError(f"device must be cpu, cuda, mps or xpu, got {name!r}")
-    return device
 
 
 def latents_of(seeds: Sequence[int], size: int) -> torch.Tensor:
@@ -145,7 +44,7 @@ class Sampler:
     block is always made whole: a seed gives the same bits in every call with the same `batch_size` on one machine.
     `truncation` below 1 pulls latents towards their mean: fewer failures, less variety.
 
-    >>> sampler = Sampler(open_generator(None, "stylenat_fashion32").model, batch_size=4)
+    >>> sampler = Sampler(vicinal.create_model("stylenat_fashion32"), batch_size=4)
     >>> pictures = dict(sampler.draw(range(3, 6)))
     >>> sorted(pictures), pictures[5].shape, sampler.pictures
     ([3, 4, 5], torch.Size([1, 32, 32]), 8)
