@@ -225,6 +225,12 @@ def _add_trained(commands: Any) -> None:
     parser.add_argument(
         "changes", nargs="*", metavar="KEY=VALUE", help="changes to its recipe, such as data.folder=..."
     )
+    of = parser.add_argument_group("of generators: Fréchet distance, precision and recall")
+    of.add_argument(
+        "--inception", metavar="FILE", help="weights of pytorch-fid's Inception; EfficientNet-Lite0 without"
+    )
+    of.add_argument("--size", type=int, metavar="N", help="pixels a side that EfficientNet-Lite0 looks at (224)")
+    of.add_argument("--count", type=int, metavar="N", help="pictures, and as many real ones (10000)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON and nothing else")
     parser = _add(commands, "predict", "what a trained model takes pictures for", predict)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, or folders of them")

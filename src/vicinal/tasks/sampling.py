@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -83,6 +84,12 @@ class Sampler:
             pictures = self.synthesize(self.mapped(latents_of(whole, self.model.latent_size)))
             for seed in wanted:
                 yield seed, pictures[seed - block * size]
+
+    def batches(self, seeds: Sequence[int], size: int) -> Iterator[torch.Tensor]:
+        """The pictures of the seeds as uint8 `[size, channels, height, width]`, the last batch perhaps smaller."""
+        drawn = (picture for _, picture in self.draw(seeds))
+        while part := list(islice(drawn, size)):
+            yield torch.stack(part)
 
     @torch.no_grad()
     def mapped(self, latents: torch.Tensor) -> torch.Tensor:

@@ -9,26 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from vicinal.data.dataset import DataMissing
+from vicinal.data.dataset import DataMissing, Split
+from vicinal.data.stream import Stream
+from vicinal.metrics import Extractor
 from vicinal.models import loading, registry
 from vicinal.models.checkpoint import find, read
 from vicinal.models.layout import Fit
 from vicinal.models.stylenat import StyleNAT
 from vicinal.tasks.adversarial import Adversarial
+from vicinal.tasks.image_distance import Comparison, Features, compare
+from vicinal.tasks.sampling import Announce, Sampler
 from vicinal.training.recipe import Recipe
 from vicinal.training.trained import metadata_of
 from vicinal.training.written import from_plain
 
+AT_ONCE = 50
+"""Pictures that go through an extractor together."""
+
 
 @dataclass(frozen=True)
 class Generator:
-    """A generator ready to be drawn from: the model, its or its recipe's name, and where its weights are from."""
+    """A generator ready to be drawn from: the model, its or its recipe's name, and where its weights are from.
+
+    `recipe` is the one it was trained by, where its file tells.
+    """
 
     model: StyleNAT
     name: str
     weights: str
+    recipe: Recipe | None = None
 
 
 def open_generator(
@@ -51,31 +61,72 @@ def open_generator(
             raise ValueError(f"{name} makes no pictures; generators are {', '.join(generators())}")
     if name is None and (weights is None or overrides):
         raise ValueError(f"which model? generators are {', '.join(generators())}")
-    path = None if weights is None else _file(weights)
+    path = None if weights is None else weights_file(weights)
     place = _device(device)
+    recipe = None if path is None or name is not None else recipe_of(path)
     with torch.random.fork_rng():  # fresh weights are the same each time too, and nobody else's draws change
         torch.manual_seed(0)
-        told = None if name is not None or path is None else _of_recipe(path)
-        if told is not None:
-            name, model = told
+        if path is not None and recipe is not None:
+            name, model = recipe.name, _of_recipe(path, recipe)
         else:
             name = generator_of(path) if name is None and path is not None else str(name)
-            model = registry.create_model(name, path, **dict(overrides or {}))
-    assert isinstance(model, StyleNAT)
-    return Generator(model.eval().requires_grad_(False).to(place), name, "none" if path is None else str(path))
+            made = registry.create_model(name, path, **dict(overrides or {}))
+            assert isinstance(made, StyleNAT)
+            model = made
+    model.eval().requires_grad_(False).to(place)
+    return Generator(model, name, "none" if path is None else str(path), recipe)
 
 
-def _of_recipe(path: Path) -> tuple[str, nn.Module] | None:
-    """The generator of a file that `vicinal train` wrote, by its own account: weights do not tell dilations."""
+def recipe_of(path: Path) -> Recipe | None:
+    """The recipe of a file that `vicinal train` wrote; None of any other."""
     written = metadata_of(path).get("recipe") if path.suffix == ".safetensors" else None
     if written is None:
         return None
     recipe = from_plain(json.loads(written))
-    if not isinstance(recipe, Recipe) or not isinstance(recipe.task, Adversarial):
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _of_recipe(path: Path, recipe: Recipe) -> StyleNAT:
+    """The generator by its file's own account: weights do not tell dilations."""
+    if not isinstance(recipe.task, Adversarial):
         raise ValueError(f"{path} is of a {type(recipe.task).__name__}, which makes no pictures")
     model = StyleNAT(recipe.task.generator)
     loading.load(model, read(path).state, registry.families()["stylenat_fashion32"])
-    return recipe.name, model
+    return model
+
+
+def measure(
+    generator: Generator,
+    extractor: Extractor,
+    recipe: Recipe | None = None,
+    *,
+    count: int = 10_000,
+    split: Split = "test",
+    announce: Announce = lambda done: None,
+) -> Comparison:
+    """How far its first `count` pictures are from as many of the data that its recipe names, prepared as there.
+
+    Published distances are those of 50,000 pictures from all of the training split. `recipe` replaces its own.
+    """
+    recipe = generator.recipe if recipe is None else recipe
+    if recipe is None:
+        raise ValueError(f"{generator.weights} does not say which data it learned from; compare folders instead")
+    if count < 2:
+        raise ValueError(f"count must be at least 2, got {count}")
+    real, made = Features(extractor), Features(extractor)
+    stream = Stream(recipe.data.open(split), recipe.test_steps, batch_size=AT_ONCE)
+    for batch in stream.evaluation():
+        left = count - len(real)
+        if left <= 0:
+            break
+        real.add(batch.images[:left])
+        announce(len(real))
+    sampler = Sampler(generator.model)
+    for part in sampler.batches(range(count), AT_ONCE):
+        made.add(part)
+        announce(len(real) + len(made))
+    return compare(real, made)
 
 
 def generators() -> list[str]:
@@ -109,7 +160,8 @@ def _problems(fit: Fit) -> int:
     return len(fit.missing) + len(fit.extra) + len(fit.misshapen)
 
 
-def _file(weights: str | Path) -> Path:
+def weights_file(weights: str | Path) -> Path:
+    """The file that a path, a run folder or an address names."""
     path = Path(weights).expanduser()
     if path.is_dir():
         path = path / "model.safetensors"
