@@ -152,7 +152,8 @@ def _tell(generator: Generator, sampler: Sampler, seeds: range, files: list[Path
     note = "" if generator.weights != "none" else ", untrained: noise"
     out.print(f"{generator.name}, {model.image_size}x{model.image_size}, weights: {generator.weights}{note}")
     if sampler.pictures:
-        threads = f", {facts['threads']} threads" if device == "cpu" else ""
+        number = torch.get_num_threads()
+        threads = "" if device != "cpu" else ", 1 thread" if number == 1 else f", {number} threads"
         out.print(
             f"{sampler.pictures_per_second:.1f} images/s ({sampler.pictures} in {sampler.seconds:.1f} s on "
             f"{device}{threads}, {sampler.batch_size} at once)"

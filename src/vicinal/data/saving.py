@@ -21,10 +21,10 @@ def save_png(image: Image, path: Path) -> None:
     """Write pixels `[height, width, 1 or 3]`, whole or not at all."""
     held = io.BytesIO()
     _picture(image).save(held, format="PNG")
-    write_whole(path, held.getvalue())
+    _write_whole(path, held.getvalue())
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
     """Write a file under another name first, so that nobody finds a half of it, even where the disk is full."""
     part = path.with_name(f".{path.name}.part")
     try:
@@ -71,13 +71,13 @@ def save_film(frames: Sequence[Image], path: Path, frames_per_second: float = 24
     if not len(frames):
         raise ValueError("a film needs frames, got none")
     if path.suffix.lower() == ".mp4":
-        write_whole(path, _mp4(frames, frames_per_second))
+        _write_whole(path, _mp4(frames, frames_per_second))
         return
     held = io.BytesIO()
     first, *others = [_picture(frame) for frame in frames]
     kind = {".gif": "GIF", ".png": "PNG"}[path.suffix.lower()]
     first.save(held, format=kind, save_all=True, append_images=others, duration=round(1000 / frames_per_second), loop=0)
-    write_whole(path, held.getvalue())
+    _write_whole(path, held.getvalue())
 
 
 def check_film(path: Path) -> None:
