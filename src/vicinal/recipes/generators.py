@@ -27,9 +27,7 @@ def lazy(optimizer: AdamW, every: int) -> AdamW:
     """
     share = every / (every + 1)
     first, second = optimizer.betas
-    return replace(
-        optimizer, learning_rate=optimizer.learning_rate * share, betas=(first**share, second**share)
-    )
+    return replace(optimizer, learning_rate=optimizer.learning_rate * share, betas=(first**share, second**share))
 
 
 def _adam(learning_rate: float) -> AdamW:
