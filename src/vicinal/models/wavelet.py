@@ -161,7 +161,7 @@ class WaveletDiscriminator(nn.Module):
             )
         wavelets = to_wavelets(images)
         maps = self.enters[0](wavelets)
-        for block, enter in zip(self.blocks, self.enters[1:], strict=True):  # type: ignore[arg-type]
+        for block, enter in zip(self.blocks, list(self.enters)[1:], strict=True):
             wavelets = to_wavelets(blurred(from_wavelets(wavelets), padding=1, stride=2))
             maps = enter(wavelets) + block(maps)
         maps = self.last(torch.cat((maps, variety(maps)), 1))
