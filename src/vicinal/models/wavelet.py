@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ class WaveletDiscriminator(nn.Module):
         # the largest map is half the image; it has the width of the whole one, all others that of their size
         dims = [config.widths[levels - 1], *reversed(config.widths[: levels - 2])]
         self.enters = nn.ModuleList(SpectralConv(wavelets, dim, 1) for dim in dims)
-        self.blocks = nn.ModuleList(WaveletBlock(dim, after) for dim, after in zip(dims, dims[1:], strict=False))
+        self.blocks = nn.ModuleList(WaveletBlock(dim, after) for dim, after in itertools.pairwise(dims))
         dim = dims[-1]
         self.last = SpectralConv(dim + 1, dim, 3)
         self.hidden = spectral_norm(nn.Linear(16 * dim, dim))
@@ -155,10 +156,12 @@ class WaveletDiscriminator(nn.Module):
         """Scores, above zero for images that look real."""
         size = self.config.image_size
         if images.shape[1:] != (self.config.channels, size, size):
-            raise ValueError(f"images must be [batch, {self.config.channels}, {size}, {size}], got {tuple(images.shape)}")
+            raise ValueError(
+                f"images must be [batch, {self.config.channels}, {size}, {size}], got {tuple(images.shape)}"
+            )
         wavelets = to_wavelets(images)
         maps = self.enters[0](wavelets)
-        for block, enter in zip(self.blocks, self.enters[1:], strict=True):  # type: ignore[arg-type]
+        for block, enter in zip(self.blocks, list(self.enters)[1:], strict=True):
             wavelets = to_wavelets(blurred(from_wavelets(wavelets), padding=1, stride=2))
             maps = enter(wavelets) + block(maps)
         maps = self.last(torch.cat((maps, variety(maps)), 1))

@@ -27,9 +27,7 @@ def lazy(optimizer: AdamW, every: int) -> AdamW:
     """
     share = every / (every + 1)
     first, second = optimizer.betas
-    return replace(
-        optimizer, learning_rate=optimizer.learning_rate * share, betas=(first**share, second**share)
-    )
+    return replace(optimizer, learning_rate=optimizer.learning_rate * share, betas=(first**share, second**share))
 
 
 def _adam(learning_rate: float) -> AdamW:
@@ -90,19 +88,19 @@ def stylenat_fashion_mnist() -> Recipe:
         name="stylenat_fashion_mnist",
         status="run: see docs/training.md",
         data=FashionMnist(),
-        task=Adversarial(generator, WaveletConfig(32, (64, 64, 32, 32), 1), penalty=1.0, consistency=0.0),
+        task=Adversarial(generator, WaveletConfig(32, (96, 96, 48, 32), 1), penalty=1.0, consistency=0.0, samples=1000),
         train_steps=(CenterCrop(32), Flip()),
         test_steps=(CenterCrop(32),),
-        optimizers={"discriminator": lazy(_adam(2e-3), 16), "generator": _adam(1e-3)},
-        schedule=Held(0.7),
+        optimizers={"discriminator": lazy(_adam(1e-3), 16), "generator": _adam(1e-3)},
+        schedule=Held(0.6),
         loop=Loop(
-            epochs=2,
+            epochs=1,
             batch_size=16,
             clip_norm=5.0,
-            ema_decay=0.99,
+            ema_decay=0.995,
             threads=1,
-            evaluate_every=0.2,
-            checkpoint_every=500,
+            evaluate_every=0.1,
+            checkpoint_every=125,
             keep=100,
             log_every=20,
         ),

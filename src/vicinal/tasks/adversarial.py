@@ -103,7 +103,16 @@ def gradient_penalty(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tenso
     12.0
     """
     (gradient,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
-    return gradient.float().square().flatten(1).sum(1).mean()
+    return exact(gradient).square().flatten(1).sum(1).mean()
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in single precision at least, which losses are taken in.
+
+    >>> exact(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def latents(count: int, generator: StyleNAT, turn: int) -> torch.Tensor:
@@ -126,8 +135,8 @@ class DiscriminatorObjective(nn.Module):
         (generator,) = self.held
         real = generator.from_bytes(batch.images)
         with torch.no_grad():
-            made = generator(latents(len(real), generator, turn=0)).float()
-        scores_real, scores_made = self.discriminator(real).float(), self.discriminator(made).float()
+            made = exact(generator(latents(len(real), generator, turn=0)))
+        scores_real, scores_made = exact(self.discriminator(real)), exact(self.discriminator(made))
         loss = functional.softplus(-scores_real).mean() + functional.softplus(scores_made).mean()
         named = {
             "discriminator": loss.detach(),
@@ -136,7 +145,7 @@ class DiscriminatorObjective(nn.Module):
         }
         if self.consistency:
             apart = sum(
-                (self.discriminator(augmented(images)).float() - scores).square().mean()
+                (exact(self.discriminator(augmented(images))) - scores).square().mean()
                 for images, scores in ((real, scores_real), (made, scores_made))
             )
             assert isinstance(apart, torch.Tensor)
@@ -160,7 +169,7 @@ class PenaltyObjective(nn.Module):
         (generator,) = self.held
         real = generator.from_bytes(batch.images).requires_grad_()
         with torch.enable_grad():
-            scores = self.discriminator(real).float()
+            scores = exact(self.discriminator(real))
             penalty = gradient_penalty(scores, real)
         # the last bias does not move the gradient; processes that share gradients expect one for every parameter
         return self.weight * penalty + 0 * scores.sum(), {"penalty": penalty.detach()}
@@ -179,7 +188,7 @@ class GeneratorObjective(nn.Module):
         (discriminator,) = self.held
         made = self.generator(latents(len(batch.images), self.generator, turn=1))
         with frozen(discriminator):
-            loss = functional.softplus(-discriminator(made).float()).mean()
+            loss = functional.softplus(-exact(discriminator(made))).mean()
         return loss, {"generator": loss.detach()}
 
 
