@@ -31,7 +31,8 @@ def test_weights_are_those_of_the_definition(query):
 
 
 def test_every_group_of_every_level_is_a_picture():
-    model = vicinal.create_model("stylenat_fashion32").eval()
+    groups = {"kernel_sizes": ((3,), (7,), (7,), (7,)), "dilations": ((1,), (1,), (1, 2), (1, 4))}
+    model = vicinal.create_model("stylenat_fashion32", **groups).eval()
     panels = group_panels(model, model.mapping(torch.randn(1, model.latent_size)).detach())
     captions = [panel.caption for panel in panels]
     assert captions[0] == "the picture"

@@ -15,6 +15,7 @@ from vicinal.ops.api import attention
 from vicinal.pattern.compose import pattern_parts, split_heads
 from vicinal.tasks.protocol import Panel
 
+VISIBLE = 64
 SHADE = np.array([40.0, 200.0, 120.0])
 QUERY = np.array([230, 40, 40], np.uint8)
 
@@ -44,32 +45,34 @@ def head_weights(mixer: PatternAttention, inputs: torch.Tensor, query: tuple[int
     return weights[0, ..., 0].movedim(-1, 0)
 
 
-def look(model: StyleNAT, mapped: torch.Tensor, at_level: int, block: int = 0) -> tuple[PatternAttention, torch.Tensor]:
-    """A block's mixer, and what comes into it while the picture of `mapped` `[1, latent]` is made."""
-    mixer = model.levels[at_level].get_submodule(f"blocks.{block}.mixer")
-    assert isinstance(mixer, PatternAttention)
+def looks(
+    model: StyleNAT, mapped: torch.Tensor, block: int = 0
+) -> tuple[torch.Tensor, list[tuple[PatternAttention, torch.Tensor]]]:
+    """The picture of `mapped` `[1, latent]`, and a mixer of every level above 4x4 with what came into it."""
+    mixers = [level.get_submodule(f"blocks.{block}.mixer") for level in list(model.levels)[1:]]
     held: list[torch.Tensor] = []
-    handle = mixer.register_forward_pre_hook(lambda module, inputs: held.append(inputs[0]))
+    handles = [mixer.register_forward_pre_hook(lambda module, inputs: held.append(inputs[0])) for mixer in mixers]
     try:
         with torch.no_grad():
-            model.synthesis(mapped)
+            picture = model.to_bytes(model.synthesis(mapped))[0]
     finally:
-        handle.remove()
-    return mixer, held[0]
+        for handle in handles:
+            handle.remove()
+    assert all(isinstance(mixer, PatternAttention) for mixer in mixers)
+    return picture, list(zip(mixers, held, strict=True))  # type: ignore[arg-type] # asserted above
 
 
 def group_panels(model: StyleNAT, mapped: torch.Tensor, block: int = 0) -> list[Panel]:
     r"""The picture, and for every level above 4x4 each group of heads: where the middle query (red) looks.
 
     >>> model = vicinal.create_model("stylenat_fashion32")
-    >>> group_panels(model, torch.zeros(1, model.latent_size))[-1].caption.split("\n")
-    ['32x32, head 2', 'Near(7, dilation=4)']
+    >>> group_panels(model, torch.zeros(1, model.latent_size))[-1].caption.split("\n")[0]
+    '32x32, head 2'
     """
-    with torch.no_grad():
-        picture = _pixels(model.to_bytes(model.synthesis(mapped))[0])
+    made, found = looks(model, mapped, block)
+    picture = _pixels(made)
     panels = [Panel(picture, "the picture")]
-    for level in range(1, model.config.levels):
-        mixer, inputs = look(model, mapped, level, block)
+    for mixer, inputs in found:
         size = inputs.shape[1]
         query = (size // 2, size // 2)
         weights = head_weights(mixer, inputs, query)
@@ -87,13 +90,17 @@ def group_panels(model: StyleNAT, mapped: torch.Tensor, block: int = 0) -> list[
 def shaded(picture: Image, weights: np.ndarray[tuple[int, ...], np.dtype[np.float64]], query: tuple[int, int]) -> Image:
     """A picture `[size, size, 1 or 3]` under the weights `[grid, grid]` of a query, which is red.
 
+    On grids beyond 64x64 each key is drawn larger than it is, or nobody would see it.
+
     >>> shaded(np.zeros((8, 8, 1), np.uint8), np.ones((4, 4)), (2, 2)).shape
     (8, 8, 3)
     """
     times = picture.shape[0] // len(weights)
-    strength = np.kron(weights / weights.max(), np.ones((times, times)))[..., None]
+    reach = len(weights) // VISIBLE
+    wide = torch.nn.functional.max_pool2d(torch.from_numpy(weights)[None], 2 * reach + 1, 1, reach)[0].numpy()
+    strength = np.kron(wide / wide.max(), np.ones((times, times)))[..., None]
     pixels = (picture * (0.35 + 0.35 * strength) + 0.65 * strength * SHADE).clip(0, 255).astype(np.uint8)
-    rows, columns = (slice(place * times, (place + 1) * times) for place in query)
+    rows, columns = (slice((place - reach) * times, (place + reach + 1) * times) for place in query)
     pixels[rows, columns] = QUERY
     return pixels
 
