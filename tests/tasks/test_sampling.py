@@ -98,6 +98,13 @@ def test_a_curve_is_smooth_where_its_parts_meet():
     torch.testing.assert_close(fine[::1000], points)
 
 
+def test_damaged_weights_are_told():
+    broken = vicinal.create_model("stylenat_ffhq256", **SMALL).eval().requires_grad_(False)
+    broken.to_pixels[0].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="its weights are damaged"):
+        drawn(broken, [0])
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

@@ -105,8 +105,11 @@ class Sampler:
     def synthesize(self, mapped: torch.Tensor) -> torch.Tensor:
         """Pictures uint8 `[batch, channels, height, width]` of mapped latents, timed."""
         start = time.perf_counter()
-        pictures = self.model.to_bytes(self.model.synthesis(mapped)).cpu()
+        made = self.model.synthesis(mapped)
+        pictures = self.model.to_bytes(made).cpu()
         self.seconds += time.perf_counter() - start
+        if not bool(made.isfinite().all()):
+            raise ValueError("the model makes values that are no numbers: its weights are damaged")
         self.pictures += len(pictures)
         return pictures
 
