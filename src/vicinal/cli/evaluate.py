@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     if recipe is not None and isinstance(recipe.task, Adversarial):
         _run_generator(options, override(recipe, options.changes))
         return
-    for name in ("inception", "size", "count"):
+    for name in ("inception", "size", "count", "split"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is for generators, and {path} is of none")
     model = trained.load(options.model)
@@ -47,7 +47,8 @@ def _run_generator(options: argparse.Namespace, recipe: Recipe) -> None:
     generator = open_generator(options.model)
     count = COUNT if options.count is None else options.count
     with counting(2 * count, "pictures", quiet=options.json) as announce:
-        found = measure(generator, extractor, recipe, count=count, announce=announce)
+        split = options.split or "test"
+        found = measure(generator, extractor, recipe, count=count, split=split, announce=announce)
     if options.json:
         plain = {"model": generator.weights, "recipe": recipe.name, **dataclasses.asdict(found)}
         print(json.dumps(plain, indent=2))

@@ -231,6 +231,7 @@ def _add_trained(commands: Any) -> None:
     )
     of.add_argument("--size", type=int, metavar="N", help="pixels a side that EfficientNet-Lite0 looks at (224)")
     of.add_argument("--count", type=int, metavar="N", help="pictures, and as many real ones (10000)")
+    of.add_argument("--split", choices=("test", "train"), help="where the real ones are from (test)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON and nothing else")
     parser = _add(commands, "predict", "what a trained model takes pictures for", predict)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, or folders of them")
