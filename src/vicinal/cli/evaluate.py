@@ -10,6 +10,7 @@ from pathlib import Path
 from vicinal.cli.counting import counting
 from vicinal.cli.distance import print_comparison
 from vicinal.cli.terminal import console
+from vicinal.data.dataset import Split
 from vicinal.tasks.adversarial import Adversarial
 from vicinal.tasks.image_distance import open_extractor
 from vicinal.training import trained
@@ -46,8 +47,8 @@ def _run_generator(options: argparse.Namespace, recipe: Recipe) -> None:
     extractor = open_extractor(options.inception, options.size)
     generator = open_generator(options.model)
     count = COUNT if options.count is None else options.count
+    split: Split = "test" if options.split is None else options.split
     with counting(2 * count, "pictures", quiet=options.json) as announce:
-        split = options.split or "test"
         found = measure(generator, extractor, recipe, count=count, split=split, announce=announce)
     if options.json:
         plain = {"model": generator.weights, "recipe": recipe.name, **dataclasses.asdict(found)}
