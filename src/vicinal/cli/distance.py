@@ -7,9 +7,11 @@ import dataclasses
 import json
 import time
 
+from rich.console import Console
+
 from vicinal.cli.counting import counting
 from vicinal.cli.terminal import console
-from vicinal.tasks.image_distance import compare, folder_features, open_extractor, picture_files
+from vicinal.tasks.image_distance import Comparison, compare, folder_features, open_extractor, picture_files
 
 
 def run(options: argparse.Namespace) -> None:
@@ -28,7 +30,13 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps({**dataclasses.asdict(found), "images_per_second": round(speed, 2)}, indent=2))
         return
     out = console()
-    out.print(f"features: {found.extractor}, {speed:.1f} images/s")
+    print_comparison(found, out)
+    out.print(f"{speed:.1f} images/s")
+
+
+def print_comparison(found: Comparison, out: Console) -> None:
+    """A line for each figure, the extractor first."""
+    out.print(f"features: {found.extractor}")
     out.print(f"pictures: {found.real} real, {found.generated} generated")
     out.print(f"Fréchet distance: {found.frechet:.3f}")
     out.print(f"precision: {found.precision:.4f} (k={found.k})")

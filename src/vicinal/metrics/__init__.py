@@ -3,7 +3,7 @@
 from vicinal.metrics.accuracy import TopK, accuracy
 from vicinal.metrics.calibration import Calibration, calibration_error
 from vicinal.metrics.efficientnet import efficientnet_lite0
-from vicinal.metrics.extractor import Extractor, quantized
+from vicinal.metrics.extractor import Extractor
 from vicinal.metrics.frechet import frechet_distance, gaussian_distance
 from vicinal.metrics.inception import inception
 from vicinal.metrics.manifold import PrecisionRecall, precision_recall
@@ -26,6 +26,5 @@ __all__ = [
     "gaussian_distance",
     "inception",
     "precision_recall",
-    "quantized",
     "rows_across_processes",
 ]

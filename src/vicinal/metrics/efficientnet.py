@@ -34,15 +34,17 @@ class Unit(nn.Module):
     ) -> None:
         super().__init__()
         self.kernel_size, self.stride = kernel_size, stride
-        self.conv = nn.Conv2d(channels, width, kernel_size, stride, groups=groups, bias=False)
+        even = kernel_size // 2 if stride == 1 else 0
+        self.conv = nn.Conv2d(channels, width, kernel_size, stride, even, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(width, eps=1e-3)
         self.activation = nn.ReLU6() if is_active else nn.Identity()
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Maps of `ceil(size / stride)`."""
-        height, width = (self._frame(size) for size in maps.shape[-2:])
-        framed = pad(maps, (width // 2, width - width // 2, height // 2, height - height // 2))
-        active: torch.Tensor = self.activation(self.norm(self.conv(framed)))
+        if self.stride > 1:
+            height, width = (self._frame(size) for size in maps.shape[-2:])
+            maps = pad(maps, (width // 2, width - width // 2, height // 2, height - height // 2))
+        active: torch.Tensor = self.activation(self.norm(self.conv(maps)))
         return active
 
     def _frame(self, size: int) -> int:

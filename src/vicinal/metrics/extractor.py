@@ -23,15 +23,6 @@ class Extractor(Protocol):
     def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
-def quantized(images: torch.Tensor) -> torch.Tensor:
-    """Pictures in -1..1 as uint8, rounded as published: what is outside is cut off, halves go up.
-
-    >>> quantized(torch.tensor([-1.5, -1.0, 0.0, 1.0])).tolist()
-    [0, 0, 128, 255]
-    """
-    return ((images.detach().float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
-
-
 class Network:
     """An extractor around a network that takes colors `[batch, 3, size, size]`.
 
@@ -69,8 +60,8 @@ def check_pictures(images: torch.Tensor) -> None:
     """Refuse what is no batch of 8-bit pictures."""
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"images must be uint8 [batch, 1 or 3, height, width], got {images.dtype} {list(images.shape)}; "
-            "quantized(...) makes them of pictures in -1..1"
+            "images must be uint8, as they are when a file of them is read, [batch, 1 or 3, height, width], got "
+            f"{images.dtype} {list(images.shape)}"
         )
 
 

@@ -75,6 +75,9 @@ class Features:
         self.parts: list[torch.Tensor] = []
         self.moments: Moments | None = None
 
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
     def add(self, images: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Take up pictures uint8 `[batch, 1 or 3, height, width]`; those of weight 0 do not count."""
         if weights is not None:
