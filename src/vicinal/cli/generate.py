@@ -19,6 +19,7 @@ from vicinal.models.registry import config_of
 from vicinal.recipes.shipped import shipped_generator
 from vicinal.tasks.head_maps import group_panels
 from vicinal.tasks.sampling import Sampler, checked, latents_of
+from vicinal.tour.extras import require
 from vicinal.training.drawing import save_panels
 from vicinal.training.generator import Generator, open_generator
 from vicinal.training.written import override
@@ -70,6 +71,9 @@ def _places(options: argparse.Namespace) -> dict[str, Path]:
     for kind in ("sheet", "heads"):
         if kind in places and places[kind].suffix.lower() != ".png":
             raise ValueError(f"pictures end in .png, got {places[kind].name!r}")
+    require("PIL", "plot", "writing pictures")
+    if "heads" in places:
+        require("matplotlib", "plot", "--attention")
     if "film" in places:
         check_film(places["film"])
         if not 0 < options.seconds <= 60 or not 1 <= options.fps <= 120:
