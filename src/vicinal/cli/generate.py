@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> None:
     places = _places(options)
     generator = _generator(options)
     sampler = Sampler(generator.model, options.truncation, options.batch_size)
+    for kind, place in places.items():
+        (place if kind == "folder" else place.parent).mkdir(parents=True, exist_ok=True)
     zoom = options.zoom or max(1, VISIBLE // generator.model.image_size)
     frames = round(len(seeds) * options.seconds * options.fps) if "film" in places else 0
     wanted = len(seeds) if {"folder", "sheet"} & set(places) else 0
@@ -84,8 +86,6 @@ def _places(options: argparse.Namespace) -> dict[str, Path]:
         raise ValueError(f"--zoom must be at least 1, got {options.zoom}")
     if options.columns is not None and options.columns < 1:
         raise ValueError(f"--columns must be at least 1, got {options.columns}")
-    for kind, place in places.items():
-        (place if kind == "folder" else place.parent).mkdir(parents=True, exist_ok=True)
     return places
 
 
