@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 
 import pytest
@@ -89,7 +90,8 @@ def test_a_released_file_is_found_in_its_container(is_old, tmp_path):
     wanted = to_theirs(family.layouts[SPLIT if is_old else "published"], model.state_dict())
     other = {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
     held = {"g": other, "d": {"final_linear.2.bias": torch.zeros(1)}, "g_ema": wanted}
-    content = {**held, "g_optim": {"state": {}}} if is_old else {"state_dicts": held, "optim_dicts": {}, "args": {}}
+    old = {"g_optim": {"state": {}}, "args": argparse.Namespace(size=256)}
+    content = {**held, **old} if is_old else {"state_dicts": held, "optim_dicts": {}, "args": {}}
     torch.save(content, tmp_path / "released.pt")
     loaded = vicinal.create_model("stylenat_ffhq256", pretrained=tmp_path / "released.pt", **SMALL)
     for key, tensor in model.state_dict().items():

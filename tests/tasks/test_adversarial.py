@@ -22,6 +22,7 @@ from vicinal.tasks.consistency import augmented, cut, flipped, shifted
 from vicinal.training import AdamW, Loop, Recipe, train
 from vicinal.training.launch import train_on
 from vicinal.training.report import Silent
+from vicinal.training.world import World, shard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from runs import tensors
@@ -313,6 +314,11 @@ def test_a_run_s_weights_are_a_generator_s(tmp_path):
     outcome = train(tiny(), tmp_path / "run")
     generator = build(GENERATOR)
     generator.load_state_dict(read(outcome.weights).state)
+
+
+def test_sharding_is_refused_in_words():
+    with pytest.raises(ValueError, match="called by turns: ddp"):
+        shard(task(), World(0, 2, torch.device("cpu"), mesh=object()), "fsdp2")
 
 
 def test_two_processes_train_together_and_one_goes_on(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import tempfile
 import warnings
@@ -75,7 +76,9 @@ def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about protocols and archives; what is wrong is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # training scripts put their settings beside the weights, in an object that holds values and does nothing
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - bytes that are no checkpoint make the unpickler raise nearly anything
