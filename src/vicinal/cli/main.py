@@ -33,6 +33,15 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong and where to read how it is done; exit with code 2."""
         self.exit(BAD_REQUEST, f"{self.prog}: {message}; see {self.prog} --help\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse does it, but KEY=VALUE may also follow an option, where argparse takes no more of a list."""
+        options, rest = super().parse_known_args(args, namespace)
+        changes = [word for word in rest if "=" in word and not word.startswith("-")]
+        if changes and isinstance(getattr(options, "changes", None), list):
+            options.changes += changes
+            rest = [word for word in rest if word not in changes]
+        return options, rest
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `vicinal` command; returns its exit code."""
