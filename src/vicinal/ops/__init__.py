@@ -1,6 +1,6 @@
 """The operator: its public calls, what it checks, and the back ends that compute it."""
 
-from vicinal.ops import cpu, flop_formula, reference, tiled
+from vicinal.ops import cpu, flop_formula, reference, tiled, triton
 from vicinal.ops.api import attention
 from vicinal.ops.backend import BackendRefused
 from vicinal.ops.explain import Explanation, explain
@@ -24,4 +24,5 @@ __all__ = [
     "na3d",
     "reference",
     "tiled",
+    "triton",
 ]

@@ -150,7 +150,8 @@ class Backend:
     gradients (either may be None), and which gradients are needed. `differentiable` is a forward made of
     plain torch operations that autograd can go through twice. `describe` tells `explain` how the
     problem would be cut up. `reason_missing` tells why this installation or machine lacks what the back end
-    needs, None where it has it; it is first asked when a call comes.
+    needs, None where it has it; it is first asked when a call comes. `plan` looks at the bounds (None where samples
+    differ and the padded grid takes no pattern) before a call and may leave integers in its layout.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Backend:
     differentiable: Forward
     describe: Callable[[Problem, Any, Layout], dict[str, Any]]
     reason_missing: Callable[[], str | None] = _nothing_missing
+    plan: Callable[[Problem, Any], tuple[int, ...]] | None = None
 
     def refusals(self, problem: Problem) -> list[str]:
         """All reasons why the back end cannot take the problem; none means it can."""

@@ -1,0 +1,90 @@
+"""The GPU back end: Triton kernels that read the bounds tables, so that one family of them runs every pattern.
+
+Nothing is compiled when the package is installed, and Triton is imported when a call comes that may need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vicinal.ops.backend import Backend, Capability, Gradients, Inputs, Problem, register
+from vicinal.ops.packing import Layout
+from vicinal.ops.tiled.forward import differentiable
+
+MOST_CHANNELS = 256
+
+
+@functools.cache
+def reason_missing() -> str | None:
+    """Why this installation cannot run Triton kernels, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; torch for CUDA and ROCm brings it along"
+    return None
+
+
+def _forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    from vicinal.ops.triton.launch import forward
+
+    return forward(inputs)
+
+
+def _backward(
+    inputs: Inputs,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    from vicinal.ops.triton.backward import backward
+
+    return backward(inputs, out, lse, grad_out, grad_lse, needs)
+
+
+def _plan(problem: Problem, bounds: Any) -> tuple[int, ...]:
+    """The tiles of every pass, as integers; none (ordinary ones) where there is no pattern to go by."""
+    if bounds is None:
+        return ()
+    from vicinal.ops.triton.choose import choices, choose_all, this_device
+    from vicinal.ops.triton.plan import pack
+
+    return pack(choices(choose_all(bounds, problem.head_dim, problem.value_dim, problem.dtype, this_device())))
+
+
+def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:
+    from vicinal.ops.triton.choose import choose_all, this_device
+    from vicinal.ops.triton.plan import PASSES
+
+    del layout
+    device = this_device()
+    costs = choose_all(bounds, problem.head_dim, problem.value_dim, problem.dtype, device)
+    return {
+        "method": "Triton kernels, one choice of tiles for each pass over each union member",
+        "device": f"{device.kind} {device.capability}",
+        "members": [
+            {name: cost.to_dict() for name, cost in zip(PASSES, member, strict=True)} for member in costs
+        ],
+    }
+
+
+register(
+    Backend(
+        name="triton",
+        capability=Capability(
+            devices=("cuda",),
+            dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            max_head_dim=MOST_CHANNELS,
+        ),
+        forward=_forward,
+        backward=_backward,
+        differentiable=differentiable,
+        describe=_describe,
+        reason_missing=reason_missing,
+        plan=_plan,
+    )
+)
