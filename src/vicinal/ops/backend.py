@@ -188,6 +188,13 @@ def known() -> tuple[str, ...]:
     return tuple(name for name in PREFERENCE if name in _BACKENDS)
 
 
+def usable() -> tuple[str, ...]:
+    """Names of the back ends that take an ordinary problem on some device of this machine."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    plain = [Problem(device, torch.float32, (8, 8), (8, 8), 1, 1, 32, 32) for device in devices]
+    return tuple(name for name in known() if any(not _BACKENDS[name].refusals(problem) for problem in plain))
+
+
 def find(name: str) -> Backend:
     """The back end of that name."""
     return _BACKENDS[name]

@@ -17,6 +17,7 @@ from vicinal.ops.packing import Layout
 from vicinal.ops.tiled.forward import differentiable
 
 MOST_CHANNELS = 256
+LEAST_CAPABILITY = (8, 0)
 
 
 @functools.cache
@@ -24,6 +25,11 @@ def reason_missing() -> str | None:
     """Why this installation cannot run Triton kernels, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; torch for CUDA and ROCm brings it along"
+    if torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < LEAST_CAPABILITY:
+            needed, found = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+            return f"needs a GPU of compute capability {needed} or later, this one has {found}"
     return None
 
 
@@ -51,9 +57,11 @@ def _plan(problem: Problem, bounds: Any) -> tuple[int, ...]:
     if bounds is None:
         return ()
     from vicinal.ops.triton.choose import choices, choose_all, this_device
+    from vicinal.ops.triton.override import with_forced
     from vicinal.ops.triton.plan import pack
 
-    return pack(choices(choose_all(bounds, problem.head_dim, problem.value_dim, problem.dtype, this_device())))
+    costs = choose_all(bounds, problem.head_dim, problem.value_dim, problem.dtype, this_device())
+    return pack([with_forced(choice) for choice in choices(costs)])
 
 
 def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:

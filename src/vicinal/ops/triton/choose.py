@@ -167,10 +167,7 @@ def choose(
     >>> found.tiles.query, found.visited
     ((1, 7, 7), 64)
     """
-    if name == "key":
-        turned = tuple(table.transpose() for table in member)
-    else:
-        turned = member
+    turned = _transposed(member) if name == "key" else member
     most_outer, most_inner = _most(head_dim, value_dim, dtype, device, name)
     cuts = [_axis(table, max(most_outer, most_inner)) for table in turned]
     outer, outer_blocks = _boxes([cut.pitch for cut in cuts], most_outer)
@@ -202,6 +199,14 @@ def choose(
         pairs_needed=member_pairs(member),
         modelled=float(modelled[best_outer, best_inner]),
     )
+
+
+def _transposed(member: Member) -> Member:
+    """Who sees me; for a part of a wrapping table that cannot be turned round, the table itself, which is like it."""
+    try:
+        return tuple(table.transpose() for table in member)
+    except ValueError:
+        return member
 
 
 def _modelled(programs, visited, partial, outer, inner, head_dim, value_dim, name, axes):  # type: ignore[no-untyped-def]
@@ -239,7 +244,7 @@ def launch_options(
         "query": rows * (2 * columns + width),
         "key": columns * (2 * rows + width + value_width),
     }[name]
-    warps = 1 if held <= 2048 else 2 if held <= 6144 else 4 if held <= 24576 else 8
+    warps = 1 if held <= 1024 else 2 if held <= 4096 else 4 if held <= 12288 else 8
     loaded = columns if name != "key" else rows
     kept = rows if name != "key" else columns
     stages = 1

@@ -18,9 +18,16 @@ _LOG2_E = math.log2(math.e)
 _WIDE = 1 << 31
 
 
+RECORDS: list[tuple[Any, dict[str, Any]]] = []
+"""Kernels and their arguments, of launches on the meta device: what a compiler needs to know, without a GPU."""
+
+
 def start(kernel: Any, grid: tuple[int, ...], like: torch.Tensor, **arguments: Any) -> None:
-    """Launch a kernel on the device of `like`; a grid without programs is none."""
+    """Launch a kernel on the device of `like`; a grid without programs is none. On the meta device it is noted only."""
     if not math.prod(grid):
+        return
+    if like.device.type == "meta":
+        RECORDS.append((kernel, arguments))
         return
     if like.device.type == "cuda":
         with torch.cuda.device(like.device):

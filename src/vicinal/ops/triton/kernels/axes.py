@@ -130,8 +130,8 @@ def hide(scores, first, last, place, is_full, OUTER: tl.constexpr, IS_THERE: tl.
     """-inf where `place`, along the other axis, is not between `first` and `last`, which lie along axis `OUTER`."""
     if IS_THERE:
         if not is_full:
-            place = across(place, 1 - OUTER)
-            seen = (place >= across(first, OUTER)) & (place <= across(last, OUTER))
+            places = across(place, 1 - OUTER)
+            seen = (places >= across(first, OUTER)) & (places <= across(last, OUTER))
             scores = tl.where(seen, scores, float("-inf"))
     return scores
 

@@ -127,7 +127,7 @@ def bias_pass(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     summed = tl.zeros([BLOCK_M], tl.float32)
     for number in range(samples):
-        sample = number.to(tl.int64)
+        sample = number + entry.to(tl.int64) * 0
         p_row = p_tables
         if HAS_ROWS:
             p_row += sample * row_words
