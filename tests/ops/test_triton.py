@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from .test_agreement import short
 from .tolerance import assert_agrees, judge, run
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.7.1 for its interpreter")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton compiles here (there is a GPU: see tests/gpu), it does not interpret", allow_module_level=True)
 
 MOST_ROWS = 80
 """Queries of all heads and samples that a problem of the quick tests has at most."""
@@ -36,14 +39,13 @@ MOST_ROWS = 80
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The back end takes CPU tensors, and Triton runs its kernels in the interpreter."""
+    """The back end takes CPU tensors."""
     from vicinal.ops import api, resolve
 
     def forget() -> None:
         api._KNOWN.clear()
         resolve._choose.cache_clear()
 
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     triton = backends.find("triton")
     capability = dataclasses.replace(triton.capability, devices=("cpu", "cuda"))
     monkeypatch.setitem(backends._BACKENDS, "triton", dataclasses.replace(triton, capability=capability))
