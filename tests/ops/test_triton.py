@@ -26,14 +26,13 @@ from vicinal.pattern import Full, Near, Window, bounds, heads, union
 
 from .layouts import LAYOUTS
 from .problems import HYDRA, MIXED, PROBLEMS, SAMPLE, Problem, near
-from .test_agreement import short
 from .tolerance import assert_agrees, judge, run
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.7.1 for its interpreter")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton compiles here (there is a GPU: see tests/gpu), it does not interpret", allow_module_level=True)
 
-MOST_ROWS = 80
+MOST_ROWS = 36
 """Queries of all heads and samples that a problem of the quick tests has at most."""
 
 
@@ -91,7 +90,9 @@ AWKWARD = (
 )
 
 
-@pytest.mark.parametrize("tiles", AWKWARD, ids=["boxes", "lines"])
+@pytest.mark.parametrize(
+    "tiles", [pytest.param(AWKWARD[0], id="boxes"), pytest.param(AWKWARD[1], id="lines", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "problem",
     [

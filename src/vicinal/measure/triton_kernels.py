@@ -91,7 +91,8 @@ def launches(case: Case, dtype: torch.dtype, device: Device) -> list[tuple[Any, 
     """The kernels that a forward and a backward of a case launch, with their arguments."""
     table = bounds(case.pattern, case.grid)
     value_dim = case.head_dim if case.value_dim is None else case.value_dim
-    plan = pack(choices(choose_all(table, case.head_dim, value_dim, dtype, device)))
+    costs = choose_all(table, case.head_dim, value_dim, dtype, device, has_bias=case.has_bias)
+    plan = pack(choices(costs))
     layout = dataclasses.replace(layout_of(table, case.heads), plan=plan)
     if case.is_padded:
         groups = tuple(
@@ -165,7 +166,9 @@ def resources(compiled: Any, device: Device) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        told = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     stack, registers = (int(re.findall(rf"{name}:(\d+)", told.stdout)[-1]) for name in ("STACK", "REG"))
     return {"registers": registers, "spilled": stack, "shared": shared}
 
@@ -203,7 +206,7 @@ def _kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
 
 
 def _variant(name: str, kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    parts = []
+    parts: list[tuple[Any, ...]] = []
     for argument, value in sorted(arguments.items()):
         if isinstance(value, torch.Tensor):
             parts.append((argument, value.dtype))

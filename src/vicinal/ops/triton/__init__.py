@@ -56,27 +56,31 @@ def _plan(problem: Problem, bounds: Any) -> tuple[int, ...]:
     """The tiles of every pass, as integers; none (ordinary ones) where there is no pattern to go by."""
     if bounds is None:
         return ()
-    from vicinal.ops.triton.choose import choices, choose_all, this_device
+    from vicinal.ops.triton.choose import choices
     from vicinal.ops.triton.override import with_forced
     from vicinal.ops.triton.plan import pack
 
-    costs = choose_all(bounds, problem.head_dim, problem.value_dim, problem.dtype, this_device())
+    costs = _costs(problem, bounds)
     return pack([with_forced(choice) for choice in choices(costs)])
 
 
-def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:
+def _costs(problem: Problem, bounds: Any) -> Any:
     from vicinal.ops.triton.choose import choose_all, this_device
+
+    sizes = (problem.head_dim, problem.value_dim, problem.dtype)
+    return choose_all(bounds, *sizes, this_device(), has_bias=problem.has_bias)
+
+
+def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:
+    from vicinal.ops.triton.choose import this_device
     from vicinal.ops.triton.plan import PASSES
 
     del layout
-    device = this_device()
-    costs = choose_all(bounds, problem.head_dim, problem.value_dim, problem.dtype, device)
+    device, costs = this_device(), _costs(problem, bounds)
     return {
         "method": "Triton kernels, one choice of tiles for each pass over each union member",
         "device": f"{device.kind} {device.capability}",
-        "members": [
-            {name: cost.to_dict() for name, cost in zip(PASSES, member, strict=True)} for member in costs
-        ],
+        "members": [{name: cost.to_dict() for name, cost in zip(PASSES, member, strict=True)} for member in costs],
     }
 
 

@@ -1,4 +1,4 @@
-"""The backward: every gradient by a pass of its own, each summed in a fixed order, so that it is always deterministic."""
+"""The backward: each gradient by a pass of its own, summed in a fixed order, so that it is always deterministic."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 from vicinal.ops.backend import Gradients, Inputs
 from vicinal.ops.triton.launch import (
+    _LOG2_E,
     Call,
     Part,
+    _earlier_wraps,
     as_rows,
     power,
     precision,
@@ -18,8 +20,6 @@ from vicinal.ops.triton.launch import (
     start_query_pass,
     strides,
     tile_names,
-    _earlier_wraps,
-    _LOG2_E,
 )
 
 _ROWS = 64

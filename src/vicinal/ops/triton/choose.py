@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from vicinal.pattern.counting import member_pairs
 from vicinal.pattern.table import AxisTable
 
 Integers: TypeAlias = npt.NDArray[np.int64]
+Numbers: TypeAlias = npt.NDArray[Any]
 
 PROGRAM, VISIT = 2_000_000.0, 400_000.0
 """What a program costs besides its tiles, and a visit to a tile besides its arithmetic: latency, mostly."""
@@ -131,7 +132,7 @@ def _axis(table: AxisTable, most: int) -> _Axis:
         cuts = [(phase, cut_evenly(table, pitch, phase)) for phase in _phases(table, pitch)]
         phase, tiles = min(cuts, key=lambda cut: (int(cut[1].size.sum()), cut[0]))
         found.append((pitch, phase, tiles))
-    widest = max(max(tiles.keys for _, _, tiles in found), 1)
+    widest = max(tiles.keys for _, _, tiles in found)
     sizes = sorted({min(size, widest) for size in (*_SIZES, widest) if min(size, widest) <= most})
     counts = np.array([[count_axis(tiles, size) for size in sizes] for _, _, tiles in found], dtype=np.int64)
     return _Axis(
@@ -156,11 +157,18 @@ def _boxes(sizes: Sequence[Integers], most: int) -> tuple[Integers, Integers]:
 
 @functools.lru_cache(maxsize=1024)
 def choose(
-    member: Member, head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, name: str, *, axes: int = 0
+    member: Member,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: Device,
+    name: str,
+    *,
+    is_heavy: bool = False,
 ) -> Cost:
     """The tiles of one pass (see `PASSES`) over one union member.
 
-    `axes` are the axes whose masks count in a partial tile; 0 means all.
+    `is_heavy` where a score has more to it than a product: a bias, or keys to leave out.
 
     >>> member = bounds(Window(7), (56, 56)).groups[0].members[0]
     >>> found = choose(member, 32, 32, torch.float16, DEVICES["sm90"], "forward")
@@ -169,6 +177,8 @@ def choose(
     """
     turned = _transposed(member) if name == "key" else member
     most_outer, most_inner = _most(head_dim, value_dim, dtype, device, name)
+    if is_heavy:
+        most_outer, most_inner = min(most_outer, 64), min(most_inner, 64)
     cuts = [_axis(table, max(most_outer, most_inner)) for table in turned]
     outer, outer_blocks = _boxes([cut.pitch for cut in cuts], most_outer)
     inner, inner_blocks = _boxes([cut.size for cut in cuts], most_inner)
@@ -181,16 +191,16 @@ def choose(
         full *= cut.full[where]
     inner_sizes = np.prod([cut.size[inner[:, number]] for number, cut in enumerate(cuts)], axis=0)
     partial = visited - np.where(inner_sizes == inner_blocks, full, 0)
-    modelled = _modelled(
-        programs[:, None], visited, partial, outer_blocks[:, None], inner_blocks[None], head_dim, value_dim, name,
-        axes or len(member),
-    )  # fmt: skip
+    blocks = (outer_blocks[:, None], inner_blocks[None])
+    dims = (head_dim, value_dim)
+    modelled = _modelled(programs[:, None], visited, partial, blocks, dims, name, len(member))
     best_outer, best_inner = np.unravel_index(int(modelled.argmin()), modelled.shape)
     pitch = [int(cut.pitch[at]) for cut, at in zip(cuts, outer[best_outer], strict=True)]
     phase = [int(cut.phase[at]) for cut, at in zip(cuts, outer[best_outer], strict=True)]
     size = [int(cut.size[at]) for cut, at in zip(cuts, inner[best_inner], strict=True)]
     query, key = (box(size), box(pitch)) if name == "key" else (box(pitch), box(size))
     warps, stages = launch_options(query, key, head_dim, value_dim, dtype, device, name)
+    warps = min(2 * warps, 8) if is_heavy else warps
     return Cost(
         tiles=Tiles(query, box(phase, 0), key, warps, stages),
         programs=int(programs[best_outer]),
@@ -209,14 +219,23 @@ def _transposed(member: Member) -> Member:
         return member
 
 
-def _modelled(programs, visited, partial, outer, inner, head_dim, value_dim, name, axes):  # type: ignore[no-untyped-def]
-    """The modelled cost of one head; all arguments may be arrays that broadcast."""
-    width, value_width = block(head_dim), block(value_dim)
-    products = {"forward": width + value_width, "query": 2 * width + value_width, "key": 2 * (width + value_width)}[name]
-    per_score = products + SCORE
+def _modelled(
+    programs: Numbers,
+    visited: Numbers,
+    partial: Numbers,
+    blocks: tuple[Numbers, Numbers],
+    dims: tuple[int, int],
+    name: str,
+    axes: int,
+) -> Numbers:
+    """The modelled cost of one head for every choice; the arrays broadcast. `blocks` are the outer and inner ones."""
+    outer, inner = blocks
+    width, value_width = map(block, dims)
     moved = width + value_width
-    visit = VISIT + inner * moved * LOAD + outer * inner * per_score
-    return programs * (PROGRAM + outer * moved * LOAD) + visited * visit + partial * outer * inner * MASK * axes
+    products = {"forward": moved, "query": moved + width, "key": 2 * moved}[name]
+    visit = VISIT + inner * moved * LOAD + outer * inner * (products + SCORE)
+    program = PROGRAM + outer * moved * LOAD
+    return np.asarray(programs * program + visited * visit + partial * outer * inner * MASK * axes)
 
 
 def _most(head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, name: str) -> tuple[int, int]:
@@ -226,15 +245,23 @@ def _most(head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, nam
         most = (64, 64) if width <= 64 else (32, 32) if width <= 128 else (16, 16)
     elif name == "forward":
         most = (128, 128) if width <= 64 else (128, 64) if width <= 128 else (64, 32)
-    else:
+    elif name == "query":
         most = (128, 64) if width <= 64 else (64, 64) if width <= 128 else (32, 32)
+    else:  # two accumulators: as compiled, larger blocks keep part of them in memory
+        most = (64, 64) if width <= 64 else (64, 32) if width <= 128 else (32, 32)
     if device.shared_bytes < 100_000:  # AMD's
         most = (min(most[0], 128 if width <= 64 else 64), min(most[1], 64 if width <= 128 else 16))
     return most
 
 
 def launch_options(
-    query: Sequence[int], key: Sequence[int], head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, name: str
+    query: Sequence[int],
+    key: Sequence[int],
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: Device,
+    name: str,
 ) -> tuple[int, int]:
     """Warps and pipeline stages."""
     rows, columns = block(math.prod(query)), block(math.prod(key))
@@ -248,7 +275,7 @@ def launch_options(
     loaded = columns if name != "key" else rows
     kept = rows if name != "key" else columns
     stages = 1
-    for more in (3, 2):
+    for more in (2,) if name == "key" else (3, 2):
         # the tiles of one step for each stage, what stays, and scores on their way between two products
         numbers = (loaded * more + kept) * (width + value_width) + 2 * rows * columns
         if device.kind == "cuda" and numbers * dtype.itemsize <= 0.8 * device.shared_bytes:
@@ -260,14 +287,18 @@ def launch_options(
 
 
 def choose_all(
-    bounds: Bounds, head_dim: int, value_dim: int, dtype: torch.dtype, device: Device
+    bounds: Bounds, head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, *, has_bias: bool = False
 ) -> list[tuple[Cost, Cost, Cost]]:
     """For each member of each group what the passes do."""
-    return [
-        tuple(choose(member, head_dim, value_dim, dtype, device, name) for name in PASSES)  # type: ignore[misc]
-        for group in bounds.groups
-        for member in group.members
-    ]
+    found = []
+    for group in bounds.groups:
+        for number, member in enumerate(group.members):
+            is_heavy = has_bias or number > 0
+            forward, query, key = (
+                choose(member, head_dim, value_dim, dtype, device, name, is_heavy=is_heavy) for name in PASSES
+            )
+            found.append((forward, query, key))
+    return found
 
 
 def choices(costs: Sequence[tuple[Cost, Cost, Cost]]) -> list[Choice]:

@@ -44,7 +44,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def as_rows(tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    """`[batch, *grid, heads, dim]` as `[batch, tokens, heads, dim]` with neighboring channels, copied only if it must be."""
+    """`[batch, *grid, heads, dim]` as `[batch, tokens, heads, dim]`, channels side by side; a copy where it must be."""
     rows = tensor.flatten(1, rank)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
@@ -146,7 +146,8 @@ class Call:
     def is_wide(self) -> bool:
         """Whether an offset within a sample may not fit into 32 bits."""
         return any(
-            sum((size - 1) * abs(stride) for size, stride in zip(rows.shape[1:], rows.stride()[1:], strict=True)) >= _WIDE
+            sum((size - 1) * abs(stride) for size, stride in zip(rows.shape[1:], rows.stride()[1:], strict=True))
+            >= _WIDE
             or math.prod(rows.shape[1:]) >= _WIDE
             for rows in (self.query, self.key, self.value)
             if rows.numel()

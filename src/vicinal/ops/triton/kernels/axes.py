@@ -137,9 +137,7 @@ def hide(scores, first, last, place, is_full, OUTER: tl.constexpr, IS_THERE: tl.
 
 
 @triton.jit
-def seen_on_axis(
-    p_row, o_record, n, query, key, QUERY_AXIS: tl.constexpr, WRAPS: tl.constexpr, IS_THERE: tl.constexpr
-):
+def seen_on_axis(p_row, o_record, n, query, key, QUERY_AXIS: tl.constexpr, WRAPS: tl.constexpr, IS_THERE: tl.constexpr):
     """Whether queries see keys along an axis, by arithmetic on any table; for the other members of a union."""
     seen = (across(query, QUERY_AXIS) >= 0) & (across(key, 1 - QUERY_AXIS) >= 0)
     if IS_THERE:

@@ -3,8 +3,17 @@
 import triton
 import triton.language as tl
 
-from vicinal.ops.triton.kernels.axes import FAR, header, hide, leave_out, next_tile, record_offsets, slots, tiles_of_axis
-from vicinal.ops.triton.kernels.axes import HEADER
+from vicinal.ops.triton.kernels.axes import (
+    FAR,
+    HEADER,
+    header,
+    hide,
+    leave_out,
+    next_tile,
+    record_offsets,
+    slots,
+    tiles_of_axis,
+)
 from vicinal.ops.triton.kernels.tile import LOG2_E, add_bias, is_inside, load_rows, queries_on_axis, store_rows
 from vicinal.ops.triton.kernels.watchers import TURNS
 
@@ -18,8 +27,8 @@ def key_tile_on_axis(
     Returns step, keys of the axis, the residue of the tile's keys and of the queries that see them, the number of
     queries of that class, first and last key of the tile, the block's keys and which of them there are.
     """
-    step, keys, queries = header(p_row, o_record, IS_THERE)
-    classes, per_class = tiles_of_axis(step, keys, PITCH, PHASE)
+    step, keys, _ = header(p_row, o_record, IS_THERE)
+    _, per_class = tiles_of_axis(step, keys, PITCH, PHASE)
     residue = tile // per_class
     begin = tile % per_class * PITCH - PHASE
     members = tl.cdiv(keys - residue, step)
@@ -127,8 +136,12 @@ def key_tile(
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     TURN: tl.constexpr = 1 if HAS_TURNS else 0
-    from_0, size_0, in_0, end_0, low_0, high_0 = watchers_in_turn(p_watch_0, m_0, first_0, last_0, key_0, TURN, RANK == 3)
-    from_1, size_1, in_1, end_1, low_1, high_1 = watchers_in_turn(p_watch_1, m_1, first_1, last_1, key_1, TURN, RANK >= 2)
+    from_0, size_0, in_0, end_0, low_0, high_0 = watchers_in_turn(
+        p_watch_0, m_0, first_0, last_0, key_0, TURN, RANK == 3
+    )
+    from_1, size_1, in_1, end_1, low_1, high_1 = watchers_in_turn(
+        p_watch_1, m_1, first_1, last_1, key_1, TURN, RANK >= 2
+    )
     from_2, size_2, in_2, end_2, low_2, high_2 = watchers_in_turn(p_watch_2, m_2, first_2, last_2, key_2, TURN, True)
     count_0 = count_watchers(p_watch_0, m_0, first_0, last_0, Q_0, WRAPS_0, HAS_TURNS, RANK == 3)
     count_1 = count_watchers(p_watch_1, m_1, first_1, last_1, Q_1, WRAPS_1, HAS_TURNS, RANK >= 2)
@@ -220,7 +233,10 @@ def key_pass(
     EARLIER: tl.constexpr, EARLIER_WRAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr,
     ADDS: tl.constexpr, PRECISION: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """All key tiles of a head group under one union member: `programs` programs for each of its key heads and samples."""
+    """All key tiles of a head group under one union member: `programs` programs for each of its key heads and samples.
+
+    With `HAS_ROWS` samples have tables of their own, and a program takes as many tiles as its sample needs.
+    """
     program = tl.program_id(0)
     tile = program % programs
     kv_head = first_kv_head + program // programs % group_kv_heads
@@ -249,6 +265,6 @@ def key_pass(
             p_watch, p_bias, scale, bias_0, bias_1, bias_2, o_group, member_words, o_watch_1, o_watch_2,
             n_0, n_1, n_2, m_0, m_1, m_2, heads, kv_heads, shared, first_head, group_heads, s_query, s_query_head,
             s_key, s_value, s_grad, s_grad_head, RANK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, Q_0, Q_1, Q_2,
-            K_0, K_1, K_2, PHASE_0, PHASE_1, PHASE_2, WRAPS_0, WRAPS_1, WRAPS_2, HAS_TURNS, EARLIER, EARLIER_WRAPS, HAS_BIAS, ADDS, PRECISION,
-            IS_WIDE,
+            K_0, K_1, K_2, PHASE_0, PHASE_1, PHASE_2, WRAPS_0, WRAPS_1, WRAPS_2, HAS_TURNS, EARLIER, EARLIER_WRAPS,
+            HAS_BIAS, ADDS, PRECISION, IS_WIDE,
         )  # fmt: skip
