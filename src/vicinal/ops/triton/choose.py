@@ -107,7 +107,7 @@ def count_axis(tiles: AxisTiles, size: int) -> tuple[int, int]:
     """Inner tiles of `size` that the tiles of an axis visit, and how many of those are full.
 
     >>> count_axis(cut_evenly(AxisTable.of(Near(5), 12), 4), 4)
-    (6, 1)
+    (6, 0)
     """
     low = np.where(tiles.is_query, tiles.low, 0).max(1)
     high = np.where(tiles.is_query, tiles.high, np.iinfo(np.int64).max).min(1)
