@@ -35,6 +35,10 @@ MODULES = (
     "maxvit",
     "litv2",
     "focalnet",
+    "oneformer.dinat",
+    "oneformer.swin",
+    "oneformer.convnext",
+    "oneformer.mask2former",
 )
 """Files of `vicinal.models` that hold a FAMILY."""
 
@@ -62,6 +66,15 @@ def list_models(pattern: str = "*") -> list[str]:
     ['swin_base', 'swin_large', 'swin_small', 'swin_tiny']
     """
     return sorted(fnmatch.filter(families(), pattern))
+
+
+def classifiers() -> list[str]:
+    """The names whose models classify, and give feature maps.
+
+    >>> "nat_mini" in classifiers(), "oneformer_dinat_large_ade20k" in classifiers()
+    (True, False)
+    """
+    return sorted(name for name, family in families().items() if family.kind == "classifier")
 
 
 def config_of(name: str, **overrides: Any) -> Any:
@@ -120,7 +133,9 @@ def create_model(
     classes = {} if num_classes is None else {"num_classes": num_classes}
     config = config_of(name, **overrides, **classes)
     family = families()[name]
-    model: nn.Module = family.build(config)
+    if features_only and family.kind != "classifier":
+        raise ValueError(f"features_only: {name} gives segments; take the maps of its backbone, {config.backbone!r}")
+    model = family.build(config)
     if features_only:
         assert isinstance(model, Pyramid)
         model = Features(model, **options)
@@ -137,7 +152,7 @@ def _load(
         if name not in family.published:
             raise ValueError(f"pretrained=True: no weights of {name} are known to be published; give a path")
         pretrained = family.published[name][0].source
-    state = checkpoint.read(checkpoint.find(pretrained)).state
+    state = checkpoint.read(checkpoint.find(pretrained), is_whole=family.kind != "classifier").state
     fresh_head = num_classes is not None and classes_of(state, family) != num_classes
     try:
         loading.load(model, state, family, use_classifier=not fresh_head, resize_bias=resize_bias)
@@ -147,12 +162,12 @@ def _load(
 
 def classes_of(state: Mapping[str, torch.Tensor], family: Family) -> int | None:
     """How many classes a checkpoint's classifier has, whichever layout it is in; None without a classifier."""
-    name = loading.CLASSIFIER + "weight"
+    name = family.classifier + "weight"
     for layout in loading.layouts_of(family).values():
         (theirs,) = layout.pairs([name])[0].theirs
         given = state.get(layout.name(theirs))
         if given is not None and given.dim():
-            return given.shape[0]
+            return given.shape[0] - family.extra_classes
     return None
 
 
@@ -184,13 +199,14 @@ def identify(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
     'nat_mini'
     """
     forms: list[Form] = []
-    for name, family in families().items():
+    for name in classifiers():
+        family = families()[name]
         # every set of options that changes a shape, once
         changes = {tuple(sorted(one.changes.items())) for one in family.published.get(name, ())}
         forms += [(name, ()), *((name, change) for change in changes if _SIZES & set(dict(change)))]
     found = [_candidate(state, name, dict(options)) for name, options in _nearest(state, forms)]
     if not any(candidate.has_classifier for candidate in found):  # as detection and segmentation code saves backbones
-        bare: list[Form] = [(name, (("features_only", True),)) for name in families()]
+        bare: list[Form] = [(name, (("features_only", True),)) for name in classifiers()]
         found += [_candidate(state, name, dict(options)) for name, options in _nearest(state, bare)]
     return sorted(found, key=lambda candidate: candidate.problems)
 
@@ -225,7 +241,10 @@ def _meta_model(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
     is_bare = overrides.pop("features_only", False)
     with torch.device("meta"):
         model = families()[name].build(config_of(name, **overrides))
-        return Features(model, use_norms=True) if is_bare else model
+        if not is_bare:
+            return model
+        assert isinstance(model, Pyramid)
+        return Features(model, use_norms=True)
 
 
 def _candidate(state: Mapping[str, torch.Tensor], name: str, options: Mapping[str, Any]) -> Candidate:

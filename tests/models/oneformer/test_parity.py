@@ -1,0 +1,154 @@
+"""The same weights give what transformers gives: every map, every prediction, every loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vicinal.adapters.transformers import patch_dinat, unpatch_dinat
+from vicinal.models.layout import to_theirs
+from vicinal.models.oneformer.losses import LossConfig, SegmentationLoss, match
+
+from . import hosts
+
+SIZE = (96, 64)
+
+
+@pytest.fixture
+def dinat():
+    patch_dinat()
+    yield
+    unpatch_dinat()
+
+
+def inputs():
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, *SIZE)
+    task = torch.randint(0, 50, (2, 9))
+    text = torch.randint(0, 59, (2, hosts.QUERIES - 3, 9))
+    text[..., 6] = 59
+    return images, task, text
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["swin", "dinat"])
+@torch.no_grad()
+def test_oneformer_is_transformers(kind, lively, dinat):
+    torch.manual_seed(0)
+    theirs, ours = hosts.pair(kind, lively)
+    images, task, text = inputs()
+    expected = theirs(images, task, text_inputs=text, output_hidden_states=True)
+    maps = ours.backbone(images)
+    for found, wanted in zip(maps, expected.encoder_hidden_states, strict=True):
+        close(found, wanted)
+    pixels = ours.pixel_decoder(maps)
+    close(pixels.mask_features, expected.pixel_decoder_hidden_states[0])
+    for found, wanted in zip(pixels.maps, expected.pixel_decoder_hidden_states[1:], strict=True):
+        close(found, wanted)
+    close(ours.task(task.float()), expected.task_token)
+    refined = ours.decoder(pixels, ours.task(task.float()))
+    close(refined.last, expected.transformer_decoder_object_queries)
+    output = ours(images, task, text)
+    close(output.object_queries, expected.transformer_decoder_contrastive_queries)
+    close(output.text_queries, expected.text_queries)
+    predictions(output, expected, expected.auxiliary_predictions)
+
+
+def predictions(output, expected, auxiliary):
+    close(output.class_logits, expected.class_queries_logits)
+    close(output.mask_logits, expected.masks_queries_logits)
+    assert len(output.auxiliary) == 4
+    for (classes, masks), wanted in zip(output.auxiliary, auxiliary, strict=True):
+        close(classes, wanted["class_queries_logits"])
+        close(masks, wanted["masks_queries_logits"])
+
+
+@torch.no_grad()
+def test_mask2former_is_transformers(lively):
+    torch.manual_seed(0)
+    theirs, ours = hosts.pair("swin", lively, has_task=False)
+    images, _, _ = inputs()
+    expected = theirs(images, output_hidden_states=True, output_auxiliary_logits=True)
+    maps = ours.backbone(images)
+    pixels = ours.pixel_decoder(maps)
+    for found, wanted in zip(maps, expected.encoder_hidden_states, strict=True):
+        close(found, wanted)
+    for found, wanted in zip(pixels.maps, expected.pixel_decoder_hidden_states, strict=True):
+        close(found, wanted)
+    close(pixels.mask_features, expected.pixel_decoder_last_hidden_state)
+    close(ours.decoder(pixels).last, expected.transformer_decoder_last_hidden_state)
+    predictions(ours(images), expected, expected.auxiliary_logits)
+
+
+def targets():
+    torch.manual_seed(2)
+    return [
+        {"labels": torch.tensor(labels), "masks": torch.rand(len(labels), *SIZE) < share}
+        for labels, share in (([1, 4, 1], 0.3), ([0, 2], 0.6))
+    ]
+
+
+@pytest.mark.parametrize("has_task", [True, False], ids=["oneformer", "mask2former"])
+def test_every_loss_term_is_transformers(has_task, lively):
+    torch.manual_seed(0)
+    theirs, ours = hosts.pair("swin", lively, has_task=has_task)
+    images, task, text = inputs()
+    given = targets()
+    labels = {
+        "mask_labels": [target["masks"].float() for target in given],
+        "class_labels": [target["labels"] for target in given],
+    }
+    terms = {}
+    # their model gives the sum alone; its terms pass through here
+    weigh = theirs.get_loss_dict
+    theirs.get_loss_dict = lambda **arguments: terms.update(weigh(**arguments)) or terms
+    torch.manual_seed(3)
+    asked = {"task_inputs": task, "text_inputs": text} if has_task else {}
+    expected = theirs(images, **asked, **labels)
+    torch.manual_seed(3)
+    output = ours(images, task, text) if has_task else ours(images)
+    found = SegmentationLoss(LossConfig(num_points=hosts.POINTS))(output, given)
+    assert len(found) == len(terms) == 3 * 5 + has_task
+    for name, value in found.items():
+        kind, _, index = name.partition("_")
+        theirs_name = {"class": "loss_cross_entropy"}.get(kind, f"loss_{kind}") + (f"_{index}" if index else "")
+        close(value.reshape(()), terms[theirs_name].reshape(()))
+    close(sum(found.values()), expected.loss.reshape(()))
+    expected.loss.backward()
+    sum(found.values()).backward()
+    back = to_theirs(family_layout(has_task), {name: gradient(one) for name, one in ours.named_parameters()})
+    compared = 0
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None and name in back:
+            scale = parameter.grad.abs().max()
+            assert (back[name] - parameter.grad).abs().max() <= 1e-3 * scale + 1e-5, name
+            compared += 1
+    assert compared > 200
+
+
+def gradient(parameter):
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def family_layout(has_task):
+    return hosts.family("swin_tiny", has_task).layouts["transformers"]
+
+
+@torch.no_grad()
+def test_the_match_is_transformers(lively):
+    torch.manual_seed(0)
+    theirs, ours = hosts.pair("swin", lively)
+    images, task, _ = inputs()
+    output, given = ours(images, task), targets()
+    for classes, masks in [*output.auxiliary, (output.class_logits, output.mask_logits)]:
+        torch.manual_seed(4)
+        wanted = theirs.matcher(
+            masks, classes, [one["masks"].float() for one in given], [one["labels"] for one in given]
+        )
+        torch.manual_seed(4)
+        found = match(classes, masks, given, LossConfig(num_points=hosts.POINTS))
+        for one, other in zip(found, wanted, strict=True):
+            assert [part.tolist() for part in one] == [part.tolist() for part in other]
