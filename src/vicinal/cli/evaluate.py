@@ -12,10 +12,10 @@ from vicinal.training.written import override
 
 def run(options: argparse.Namespace) -> None:
     """Answer the command."""
-    model = trained.load(options.model)
-    values = trained.evaluate(model, override(model.recipe, options.changes))
+    recipe, info, task, path = trained.opened(options.model)
+    values = trained.measured(task, info, override(recipe, options.changes))
     if options.json:
-        print(json.dumps({"model": str(model.path), "recipe": model.recipe.name, **values}, indent=2))
+        print(json.dumps({"model": str(path), "recipe": recipe.name, **values}, indent=2))
         return
     out = console()
     for name, value in values.items():

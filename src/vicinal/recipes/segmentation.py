@@ -40,7 +40,7 @@ SMALL = OneFormerConfig(
 )
 """860,000 parameters without the text branch, most of them the backbone's."""
 
-EPOCHS = 2.0
+EPOCHS = 1.5
 """Of joint training; each task alone gets a third."""
 
 
@@ -81,7 +81,7 @@ def scenes_oneformer() -> Recipe:
             stem="runs/scenes_stem/model.safetensors",
         ),
         train_steps=(Flip(), OnColors(ColorJitter(0.3))),
-        optimizers={"main": AdamW(learning_rate=1e-3, scales={"backbone": 0.3})},
+        optimizers={"main": AdamW(learning_rate=1e-3)},
         schedule=Poly(power=0.9, warmup=0.05),
         loop=Loop(
             epochs=EPOCHS,
