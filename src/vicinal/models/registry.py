@@ -69,12 +69,12 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def classifiers() -> list[str]:
-    """The names whose models classify, and give feature maps.
+    """The names whose models classify, and give feature maps, family by family.
 
     >>> "nat_mini" in classifiers(), "oneformer_dinat_large_ade20k" in classifiers()
     (True, False)
     """
-    return sorted(name for name, family in families().items() if family.kind == "classifier")
+    return [name for name, family in families().items() if family.kind == "classifier"]
 
 
 def config_of(name: str, **overrides: Any) -> Any:

@@ -11,6 +11,9 @@ from vicinal.training.trained import Trained, load
 
 FOLDER = Path(__file__).with_name("weights")
 
+SEGMENTER = "scenes_oneformer"
+"""The segmentation model among them."""
+
 LINEAR_BASELINE = {10_000: 0.8118, 500: 0.83}
 """Accuracy of a linear classifier on Fashion-MNIST's pixels (ridge regression on one-hot labels, penalty 1e-3 a
 sample), on all test images and on those that come with the library."""

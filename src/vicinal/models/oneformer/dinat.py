@@ -25,7 +25,7 @@ VARIANTS = {
     "oneformer_dinat_large_ade20k": OneFormerConfig("dinat_large", options("seg640"), 250, 150),
     "oneformer_dinat_large_cityscapes": OneFormerConfig("dinat_large", options("cityscapes", 7), 250, 19),
     "oneformer_dinat_large_coco": OneFormerConfig("dinat_large", options("seg640"), 150, 133),
-    "oneformer_dinat_large_mapillary": OneFormerConfig("dinat_large", options("oneformer1280"), 250, 65),
+    "oneformer_dinat_large_mapillary": OneFormerConfig("dinat_large", options("seg640"), 250, 65),
 }
 
 _HUB = "shi-labs/oneformer_"

@@ -135,7 +135,7 @@ def _processes() -> int:
 def _gathered(rows: torch.Tensor) -> torch.Tensor:
     if _processes() == 1:
         return rows
-    gathered: torch.Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+    gathered: torch.Tensor = _Gather.apply(rows)
     return gathered
 
 

@@ -25,7 +25,10 @@ _CLASSES = {
 }
 
 VARIANTS = {
-    f"mask2former_dinat_large_{name}": replace(_LARGE, num_classes=classes) for name, classes in _CLASSES.items()
+    f"mask2former_dinat_large_{name}": replace(
+        _LARGE, num_classes=classes, num_queries=100 if name.endswith("semantic") else 200
+    )
+    for name, classes in _CLASSES.items()
 }
 
 _FILES = "https://shi-labs.com/projects/dinat/checkpoints/m2f/"
