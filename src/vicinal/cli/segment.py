@@ -63,11 +63,11 @@ def model_of(options: argparse.Namespace) -> Segmenter:
 
 
 def class_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of classes, one a line, and those of things, whose lines begin with a star.
+    r"""Names of classes, one a line, and those of things, whose lines begin with a star.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-    ...     _ = file.write("wall\\n* bed\\n")
+    ...     _ = file.write("wall\n* bed\n")
     ...     file.flush()
     ...     class_names(Path(file.name))
     (('wall', 'bed'), ('bed',))

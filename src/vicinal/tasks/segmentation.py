@@ -190,11 +190,9 @@ def load_stem(model: OneFormer, path: Path) -> None:
     """Put a file's backbone into a model: that of a stem, of a OneFormer, or a published file of the backbone alone."""
     if not path.is_file():
         raise ValueError(f"there is no stem {path}; train one with `vicinal train scenes_stem`, or set task.stem=none")
-    state = read(path).state
-    prefix, backbone = "backbone.", model.config.backbone
-    part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    own = model.backbone.state_dict()
-    if not part and isinstance(backbone, str):
+    backbone, own = model.config.backbone, model.backbone.state_dict()
+    part = read(path).state  # of a larger model its backbone
+    if set(part) != set(own) and isinstance(backbone, str):
         options = dict(model.config.backbone_options)
         alone = create_model(backbone, str(path), features_only=True, use_norms=True, **options)
         part = dict(alone.state_dict())

@@ -53,7 +53,7 @@ def opened(place: str | Path) -> tuple[Recipe, Info, Task, Path]:
     recipe, info = from_plain(json.loads(metadata["recipe"])), from_plain(json.loads(metadata["info"]))
     assert isinstance(recipe, Recipe)
     task = recipe.task.build(info)
-    task.model.load_state_dict(read(path).state)
+    task.model.load_state_dict(read(path, is_whole=True).state)
     for turn in task.turns:
         turn.objective.eval()
     return recipe, info, task, path
