@@ -40,7 +40,7 @@ SMALL = OneFormerConfig(
 )
 """860,000 parameters without the text branch, most of them the backbone's."""
 
-EPOCHS = 1.5
+EPOCHS = 1.2
 """Of joint training; each task alone gets a third."""
 
 
@@ -87,7 +87,7 @@ def scenes_oneformer() -> Recipe:
             epochs=EPOCHS,
             batch_size=8,
             clip_norm=1.0,
-            evaluate_every=0.5,
+            evaluate_every=EPOCHS,
             threads=1,
             checkpoint_every=100,
             log_every=20,
@@ -110,7 +110,7 @@ def scenes_oneformer_without_text() -> Recipe:
 def _alone(task: TaskName) -> Recipe:
     base = scenes_oneformer()
     assert isinstance(base.task, Segmentation)
-    loop = replace(base.loop, epochs=EPOCHS / len(TASKS), evaluate_every=1.0)
+    loop = replace(base.loop, epochs=EPOCHS / len(TASKS))
     return replace(base, name=f"scenes_{task}", task=replace(base.task, tasks=(task,)), loop=loop)
 
 
