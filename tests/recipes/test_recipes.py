@@ -14,7 +14,7 @@ from vicinal.recipes import compare, find, shipped
 from vicinal.recipes.small import mixer_fashion_mnist
 from vicinal.training.recipe import Cosine
 
-WEIGHTS = sorted(path.stem for path in shipped.FOLDER.glob("*.safetensors"))
+WEIGHTS = sorted(path.stem for path in shipped.FOLDER.glob("*_fashion_mnist.safetensors"))
 
 
 def test_mixers_cost_the_same_and_have_the_same_budget():

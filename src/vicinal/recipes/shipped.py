@@ -14,6 +14,9 @@ FOLDER = Path(__file__).with_name("weights")
 SEGMENTER = "scenes_oneformer"
 """The segmentation model among them."""
 
+SINGLE_TASK_PQ: dict[int, float] = {}
+"""Panoptic quality of `scenes_panoptic` on so many of the first test scenes (benchmarks/results/segmentation.json)."""
+
 LINEAR_BASELINE = {10_000: 0.8118, 500: 0.83}
 """Accuracy of a linear classifier on Fashion-MNIST's pixels (ridge regression on one-hot labels, penalty 1e-3 a
 sample), on all test images and on those that come with the library."""
