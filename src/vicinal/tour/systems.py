@@ -60,6 +60,12 @@ def _dinat(folder: Path) -> Outcome:
     return show_dinat(folder)
 
 
+def _oneformer(folder: Path) -> Outcome:
+    from vicinal.tour.segment import show_oneformer
+
+    return show_oneformer(folder)
+
+
 SYSTEMS: tuple[System, ...] = (
     System(
         name="NAT",
@@ -92,6 +98,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="OneFormer: One Transformer to Rule Universal Image Segmentation",
         published="CVPR 2023",
         purpose="semantic, instance and panoptic segmentation from one model",
+        run=_oneformer,
     ),
     System(
         name="Cosmos-Transfer1",
