@@ -70,6 +70,16 @@ def test_places_far_outside_read_nothing():
     assert not sum_of_samples(value, GRIDS, places + 1e12, weights).any()
 
 
+def test_a_place_that_is_no_number_gives_no_number():
+    value, places, weights = problem()
+    exact = sum_of_samples(value, GRIDS, places, weights)
+    places[1, 2, 0, 1, 0, 1] = float("nan")
+    found = sum_of_samples(value, GRIDS, places, weights)
+    assert found[1, 2, :5].isnan().all()
+    found[1, 2, :5] = exact[1, 2, :5]
+    torch.testing.assert_close(found, exact)
+
+
 def test_the_start_looks_each_heads_own_way():
     layer = MultiScaleDeformableAttention(16, num_heads=4, num_levels=3, num_points=2)
     starts = layer.offsets.bias.detach().unflatten(0, (4, 3, 2, 2))

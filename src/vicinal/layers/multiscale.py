@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 Grids = Sequence[tuple[int, int]]
 """Rows and columns of each map."""
@@ -106,40 +108,113 @@ def sum_of_samples(value: torch.Tensor, grids: Grids, places: torch.Tensor, weig
 
 def _by_rows(value: torch.Tensor, grids: Grids, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """All levels at once: a weighted sum of rows of one table, which never holds the samples themselves."""
-    batch, tokens, heads, head_dim = value.shape
-    rows, corner_weights = _corners(grids, places, weights, tokens)
-    table = value.reshape(batch * tokens * heads, head_dim)
-    out = nn.functional.embedding_bag(
-        rows.reshape(batch * places.shape[1] * heads, -1),
-        table,
-        per_sample_weights=corner_weights.reshape(batch * places.shape[1] * heads, -1).to(table.dtype),
-        mode="sum",
+    batch, queries, heads = places.shape[:3]
+    table, starts = _bordered(value, grids)
+    sizes = torch.tensor([(columns, rows) for rows, columns in grids], dtype=places.dtype, device=places.device)
+    # from half a pixel outside of the border on there is nothing
+    positions = torch.minimum((places * sizes[:, None] + 0.5).clamp(min=0), (sizes + 1)[:, None])
+    lower = positions.detach().floor().nan_to_num_(0.0)  # a place that is no number gives no number, and no crash
+    across, down = (positions - lower).unbind(-1)
+    widths = (sizes[:, :1] + 3).to(torch.int32)
+    column, row = lower.to(torch.int32).unbind(-1)
+    image = torch.arange(batch, dtype=torch.int32, device=places.device)[:, None, None, None, None]
+    first = row * widths + column + starts[:, None] + image * table.shape[1]
+    steps = torch.stack([torch.zeros_like(widths), torch.ones_like(widths), widths, widths + 1], -1)
+    head = torch.arange(heads, dtype=torch.int32, device=places.device)[:, None, None]
+    lower_row = weights * (1 - down)
+    upper_row = weights * down
+    corners = (lower_row * (1 - across), lower_row * across, upper_row * (1 - across), upper_row * across)
+    out: torch.Tensor = _SumOfCorners.apply(
+        table.reshape(-1, value.shape[-1]),
+        torch.stack(corners, -1).flatten(0, 2).to(table.dtype),
+        (first * heads + head).flatten(0, 2),
+        (steps * heads).squeeze(1),
+        [table.shape[1] * heads, *(int(start) * heads for start in starts)],
     )
-    return out.view(batch, places.shape[1], heads * head_dim)
+    return out.view(batch, queries, -1)
 
 
-def _corners(
-    grids: Grids, places: torch.Tensor, weights: torch.Tensor, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four pixels around each place: their rows in the table, and their weights, 0 outside of the map."""
-    batch, _, heads = places.shape[:3]
-    sizes = torch.tensor([(columns, rows) for rows, columns in grids], dtype=torch.int32, device=places.device)
-    positions = places * sizes[:, None] - 0.5
-    lower = positions.detach().floor()
-    part = positions - lower
-    ends = lower.to(torch.int32)[..., None] + torch.arange(2, dtype=torch.int32, device=places.device)
-    last = sizes[:, None, :, None] - 1
-    kept = ends.clamp(min=torch.zeros_like(last), max=last)
-    shares = torch.stack([1 - part, part], -1) * (ends == kept)  # [..., points, (column, row), (lower, upper)]
+class _SumOfCorners(torch.autograd.Function):
+    """Rows of a table, weighted and summed; each place reads four, at fixed steps from its first.
+
+    The table is `[rows, dim]`, the weights `[sums, levels, points, 4]`, the firsts `[sums, levels, points]`, the steps
+    `[levels, 4]`; `layout` has the rows of one image and the first of each level in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table: torch.Tensor,
+        weights: torch.Tensor,
+        first: torch.Tensor,
+        steps: torch.Tensor,
+        layout: list[int],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(table, weights, first, steps)
+        ctx.layout = layout
+        return _weighted(table, weights, first, steps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        table, weights, first, steps = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        for_table = for_weights = None
+        if ctx.needs_input_grad[0]:
+            for_table = _spread(gradient, len(table), weights, first, steps, ctx.layout)
+        if ctx.needs_input_grad[1]:
+            with torch.enable_grad():
+                again = weights.detach().requires_grad_()
+                (for_weights,) = torch.autograd.grad(_weighted(table, again, first, steps), again, gradient)
+        return for_table, for_weights, None, None, None
+
+
+def _weighted(table: torch.Tensor, weights: torch.Tensor, first: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    rows = (first[..., None] + steps[:, None]).flatten(1)
+    return nn.functional.embedding_bag(rows, table.detach(), per_sample_weights=weights.flatten(1), mode="sum")
+
+
+def _spread(
+    gradient: torch.Tensor,
+    length: int,
+    weights: torch.Tensor,
+    first: torch.Tensor,
+    steps: torch.Tensor,
+    layout: list[int],
+) -> torch.Tensor:
+    """The gradient of the table: what its rows were read for, gathered place by place.
+
+    torch's own sorts every corner; here places are sorted once by their first row, and corners moved as a whole.
+    """
+    flat = first.flatten()
+    order = flat.argsort()
+    counts = torch.bincount(flat, minlength=length)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
+    sums = torch.div(order, first[0].numel(), rounding_mode="floor")
+    shares = weights.view(-1, 4)[order]
+    total = gradient.new_zeros(length, gradient.shape[1])
+    image, *starts = layout
+    whole = total.view(-1, image, gradient.shape[1])
+    for corner in range(4):
+        part = nn.functional.embedding_bag(
+            sums, gradient, offsets, per_sample_weights=shares[:, corner].contiguous(), mode="sum"
+        ).view_as(whole)
+        for start, end, step in zip(starts, [*starts[1:], image], steps[:, corner].tolist(), strict=True):
+            whole[:, start + step : end] += part[:, start : end - step]
+    return total
+
+
+def _bordered(value: torch.Tensor, grids: Grids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every map with one row of zeros before it and two behind, and where each map starts."""
+    maps = value.flatten(2).split([rows * columns for rows, columns in grids], 1)
+    padded = [
+        nn.functional.pad(one.unflatten(1, grid), (0, 0, 1, 2, 1, 2)).flatten(1, 2)
+        for one, grid in zip(maps, grids, strict=True)
+    ]
     starts = [0]
-    for rows, columns in grids:
-        starts.append(starts[-1] + rows * columns)
-    first = torch.tensor(starts[:-1], dtype=torch.int32, device=places.device)[:, None, None, None]
-    number = kept[..., 1, :, None] * sizes[:, None, None, None, 0] + kept[..., 0, None, :] + first
-    head = torch.arange(heads, dtype=torch.int32, device=places.device)[:, None, None, None, None]
-    image = torch.arange(batch, dtype=torch.int32, device=places.device).view(-1, 1, 1, 1, 1, 1, 1)
-    corner_weights = shares[..., 1, :, None] * shares[..., 0, None, :] * weights[..., None, None]
-    return (number + image * tokens) * heads + head, corner_weights
+    for one in padded:
+        starts.append(starts[-1] + one.shape[1])
+    return torch.cat(padded, 1), torch.tensor(starts[:-1], dtype=torch.int32, device=value.device)
 
 
 def _by_level(value: torch.Tensor, grids: Grids, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -165,7 +165,7 @@ def classes_of(state: Mapping[str, torch.Tensor], family: Family) -> int | None:
     name = family.classifier + "weight"
     for layout in loading.layouts_of(family).values():
         (theirs,) = layout.pairs([name])[0].theirs
-        given = state.get(layout.name(theirs))
+        given = state.get(layout.name(theirs), state.get(theirs))
         if given is not None and given.dim():
             return given.shape[0] - family.extra_classes
     return None
@@ -195,9 +195,14 @@ class Candidate:
 def identify(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
     """The models that a checkpoint may be of, best first; those it fits have no problems.
 
+    Of a segmenter the whole checkpoint is wanted, as `read(path, is_whole=True)` gives it.
+
     >>> identify(vicinal.create_model("nat_mini").state_dict())[0].name
     'nat_mini'
     """
+    whole = _segmenters(state)
+    if whole:
+        return whole
     forms: list[Form] = []
     for name in classifiers():
         family = families()[name]
@@ -209,6 +214,28 @@ def identify(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
         bare: list[Form] = [(name, (("features_only", True),)) for name in classifiers()]
         found += [_candidate(state, name, dict(options)) for name, options in _nearest(state, bare)]
     return sorted(found, key=lambda candidate: candidate.problems)
+
+
+def holds_segmenter(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a checkpoint is of a whole OneFormer or Mask2Former, in any layout.
+
+    >>> holds_segmenter({"sem_seg_head.predictor.class_embed.weight": torch.zeros(20, 256)})
+    True
+    """
+    segmenters = {id(family): family for family in families().values() if family.kind == "segmenter"}
+    return any(classes_of(state, family) is not None for family in segmenters.values())
+
+
+def _segmenters(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
+    """The segmenters that a whole checkpoint may be of, those made for as many classes; none for other checkpoints."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name, family in families().items():
+        classes = classes_of(state, family) if family.kind == "segmenter" else None
+        if classes is not None:
+            found.append((name, {} if classes == family.variants[name].num_classes else {"num_classes": classes}))
+    chosen = [entry for entry in found if not entry[1]] or found
+    candidates = [_candidate(state, name, options) for name, options in chosen]
+    return sorted(candidates, key=lambda candidate: candidate.problems)
 
 
 def _nearest(state: Mapping[str, torch.Tensor], forms: list[Form]) -> list[Form]:
@@ -250,6 +277,8 @@ def _meta_model(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
 def _candidate(state: Mapping[str, torch.Tensor], name: str, options: Mapping[str, Any]) -> Candidate:
     family, model = families()[name], _meta_model(name, tuple(options.items()))
     classes = _fit_classifier(model, state, name)
+    if family.kind == "segmenter":
+        classes = None  # among the options already
     layout, _, fit = loading.match(state, model, family)
     shown = {**options, **({} if classes in (None, 1000) else {"num_classes": classes})}
     return Candidate(name, shown, layout, fit, family.published.get(name, ()), classes is not None)

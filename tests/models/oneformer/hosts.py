@@ -15,13 +15,13 @@ from vicinal.models import loading, oneformer, registry
 from vicinal.models.oneformer.layouts import layouts
 from vicinal.models.oneformer.swin import BACKBONES
 
-QUERIES, CLASSES, DIM, POINTS = 9, 5, 64, 112
+QUERIES, CLASSES, DIM, POINTS, PIXEL_LAYERS = 9, 5, 64, 112, 2
 
 SIZES = {
     "num_queries": QUERIES,
     "hidden_dim": DIM,
     "encoder_feedforward_dim": 48,
-    "encoder_layers": 2,
+    "encoder_layers": PIXEL_LAYERS,
     "decoder_layers": 5,
     "num_attention_heads": 4,
     "dim_feedforward": 40,
@@ -92,7 +92,7 @@ def config(name, options, *, has_task=True, text=TEXT):
         text=text if has_task else None,
         dim=DIM,
         num_heads=4,
-        pixel_layers=2,
+        pixel_layers=PIXEL_LAYERS,
         pixel_hidden_dim=48,
         decoder_layers=4,
         hidden_dim=40,
@@ -111,4 +111,4 @@ def family(name, has_task=True):
     return type(whole)({}, whole.build, both, kind="segmenter", classifier=whole.classifier, extra_classes=1)
 
 
-__all__ = ["CLASSES", "DIM", "POINTS", "QUERIES", "TEXT", "backbone", "config", "family", "pair"]
+__all__ = ["CLASSES", "DIM", "PIXEL_LAYERS", "POINTS", "QUERIES", "TEXT", "backbone", "config", "family", "pair"]

@@ -21,9 +21,9 @@ def dinat():
     unpatch_dinat()
 
 
-def inputs():
+def inputs(size=SIZE):
     torch.manual_seed(1)
-    images = torch.randn(2, 3, *SIZE)
+    images = torch.randn(2, 3, *size)
     task = torch.randint(0, 50, (2, 9))
     text = torch.randint(0, 59, (2, hosts.QUERIES - 3, 9))
     text[..., 6] = 59
@@ -34,13 +34,48 @@ def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["swin", "dinat"])
+KINDS = pytest.mark.parametrize("kind", ["swin", "dinat"])
+SIZES = pytest.mark.parametrize("size", [SIZE, (75, 109)], ids=lambda size: f"{size[0]}x{size[1]}")
+
+
+def layer_outputs(model, layers):
+    """What each of these modules gives when the model runs, in their order."""
+    found = [[] for _ in layers]
+    for layer, outputs in zip(layers, found, strict=True):
+        layer.register_forward_hook(
+            lambda module, given, out, outputs=outputs: outputs.append(out if isinstance(out, torch.Tensor) else out[0])
+        )
+    return found
+
+
+@KINDS
+@SIZES
 @torch.no_grad()
-def test_oneformer_is_transformers(kind, lively, dinat):
+def test_oneformer_is_transformers(kind, size, lively, dinat):
     torch.manual_seed(0)
     theirs, ours = hosts.pair(kind, lively)
-    images, task, text = inputs()
+    images, task, text = inputs(size)
+    module = theirs.model.transformer_module.decoder
+    inside = layer_outputs(
+        theirs,
+        [
+            *theirs.model.pixel_level_module.decoder.encoder.layers,
+            *module.query_transformer.decoder.layers,
+            *module.layers,
+        ],
+    )
+    found_inside = layer_outputs(
+        ours,
+        [*ours.pixel_decoder.layers, *ours.decoder.class_transformer.layers, *ours.decoder.layers],
+    )
     expected = theirs(images, task, text_inputs=text, output_hidden_states=True)
+    output = ours(images, task, text)
+    for index, ((found,), (wanted,)) in enumerate(zip(found_inside, inside, strict=True)):
+        # their queries stand before the batch
+        close(found, wanted if index < hosts.PIXEL_LAYERS else wanted.transpose(0, 1))
+    close(output.object_queries, expected.transformer_decoder_contrastive_queries)
+    close(output.text_queries, expected.text_queries)
+    predictions(output, expected, expected.auxiliary_predictions)
     maps = ours.backbone(images)
     for found, wanted in zip(maps, expected.encoder_hidden_states, strict=True):
         close(found, wanted)
@@ -51,10 +86,6 @@ def test_oneformer_is_transformers(kind, lively, dinat):
     close(ours.task(task.float()), expected.task_token)
     refined = ours.decoder(pixels, ours.task(task.float()))
     close(refined.last, expected.transformer_decoder_object_queries)
-    output = ours(images, task, text)
-    close(output.object_queries, expected.transformer_decoder_contrastive_queries)
-    close(output.text_queries, expected.text_queries)
-    predictions(output, expected, expected.auxiliary_predictions)
 
 
 def predictions(output, expected, auxiliary):
@@ -66,11 +97,13 @@ def predictions(output, expected, auxiliary):
         close(masks, wanted["masks_queries_logits"])
 
 
+@KINDS
+@SIZES
 @torch.no_grad()
-def test_mask2former_is_transformers(lively):
+def test_mask2former_is_transformers(kind, size, lively, dinat):
     torch.manual_seed(0)
-    theirs, ours = hosts.pair("swin", lively, has_task=False)
-    images, _, _ = inputs()
+    theirs, ours = hosts.pair(kind, lively, has_task=False)
+    images, _, _ = inputs(size)
     expected = theirs(images, output_hidden_states=True, output_auxiliary_logits=True)
     maps = ours.backbone(images)
     pixels = ours.pixel_decoder(maps)
@@ -91,10 +124,11 @@ def targets():
     ]
 
 
+@KINDS
 @pytest.mark.parametrize("has_task", [True, False], ids=["oneformer", "mask2former"])
-def test_every_loss_term_is_transformers(has_task, lively):
+def test_every_loss_term_is_transformers(has_task, kind, lively, dinat):
     torch.manual_seed(0)
-    theirs, ours = hosts.pair("swin", lively, has_task=has_task)
+    theirs, ours = hosts.pair(kind, lively, has_task=has_task)
     images, task, text = inputs()
     given = targets()
     labels = {
@@ -113,13 +147,13 @@ def test_every_loss_term_is_transformers(has_task, lively):
     found = SegmentationLoss(LossConfig(num_points=hosts.POINTS))(output, given)
     assert len(found) == len(terms) == 3 * 5 + has_task
     for name, value in found.items():
-        kind, _, index = name.partition("_")
-        theirs_name = {"class": "loss_cross_entropy"}.get(kind, f"loss_{kind}") + (f"_{index}" if index else "")
+        term, _, index = name.partition("_")
+        theirs_name = {"class": "loss_cross_entropy"}.get(term, f"loss_{term}") + (f"_{index}" if index else "")
         close(value.reshape(()), terms[theirs_name].reshape(()))
     close(sum(found.values()), expected.loss.reshape(()))
     expected.loss.backward()
     sum(found.values()).backward()
-    back = to_theirs(family_layout(has_task), {name: gradient(one) for name, one in ours.named_parameters()})
+    back = to_theirs(family_layout(kind, has_task), {name: gradient(one) for name, one in ours.named_parameters()})
     compared = 0
     for name, parameter in theirs.named_parameters():
         if parameter.grad is not None and name in back:
@@ -133,8 +167,8 @@ def gradient(parameter):
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def family_layout(has_task):
-    return hosts.family("swin_tiny", has_task).layouts["transformers"]
+def family_layout(kind, has_task):
+    return hosts.family(hosts.backbone(kind)[1], has_task).layouts["transformers"]
 
 
 @pytest.mark.parametrize(("queries", "segments"), [(9, 3), (9, 9), (4, 7), (20, 0)])

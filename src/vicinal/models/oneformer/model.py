@@ -41,6 +41,9 @@ class OneFormerOutput:
     logit_scale: torch.Tensor | None = None
 
 
+torch.export.register_dataclass(OneFormerOutput)  # so that exported and compiled models can give it
+
+
 class OneFormer(nn.Module):
     """Images `[batch, 3, height, width]` and tasks to classes and masks of `num_queries` segments.
 
