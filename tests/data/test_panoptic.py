@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vicinal.data.augment import ColorJitter, Flip
+from vicinal.data.augment import ColorJitter, Flip, Resize
 from vicinal.data.dataset import DataMissing
 from vicinal.data.jitter import OnColors, ScaleJitter, ShortSide
 from vicinal.data.layers import VOID, layered, of_masks
@@ -206,6 +206,11 @@ def test_truth_that_does_not_fit_is_named():
     masks[0, :3], masks[1, 2:] = True, True
     with pytest.raises(DataMissing, match=r"masks overlap in 4 pixels, such as \(2, 0\) of masks 0 and 1"):
         of_masks(colors, masks, np.array([0, 1]))
+
+
+def test_truth_is_not_mixed_by_steps_for_plain_pictures():
+    with pytest.raises(ValueError, match="layered pictures, whose truth must not be mixed"):
+        Resize(20)(np.zeros((8, 8, 6), np.uint8), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("step", [ScaleJitter((40, 56), (0.3, 2.0)), ShortSide((24, 80), 100, crop=(40, 56))])

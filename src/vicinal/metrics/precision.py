@@ -162,10 +162,12 @@ class _Pair:
     """Predictions of a class in a picture, best first, beside the true instances of that class."""
 
     def __init__(self, masks: torch.Tensor, truth: Instances, of_class: torch.Tensor) -> None:
-        found, true = masks.flatten(1).double().cpu(), truth.masks[of_class].flatten(1).double().cpu()
+        # counts of pixels, which float32 holds exactly below 2 ** 24
+        exact = torch.float32 if masks[:1].numel() < 2**24 else torch.float64
+        found, true = (part.flatten(1).to("cpu", exact) for part in (masks, truth.masks[of_class]))
         self.crowd = truth.crowd.cpu()[of_class.cpu()].numpy()
-        self.areas, self.true_areas = found.sum(1).numpy(), true.sum(1).numpy()
-        shared = (found @ true.T).numpy()
+        self.areas, self.true_areas = found.sum(1).double().numpy(), true.sum(1).double().numpy()
+        shared = (found @ true.T).double().numpy()
         union = np.where(self.crowd, self.areas[:, None], self.areas[:, None] + self.true_areas - shared)
         self.overlap = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
