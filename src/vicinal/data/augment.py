@@ -204,8 +204,8 @@ def resized(image: Image, height: int, width: int, filter_name: str = "BICUBIC")
     """
     if image.shape[-1] not in (1, 3):
         raise ValueError(
-            f"an image to be resized has 1 or 3 channels, got {image.shape[-1]}; layered pictures, whose truth must not "
-            "be mixed, are resized by ScaleJitter or ShortSide"
+            f"an image to be resized has 1 or 3 channels, got {image.shape[-1]}; layered pictures, whose truth must "
+            "not be mixed, are resized by ScaleJitter or ShortSide"
         )
     module = pillow()
     picture = module.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
