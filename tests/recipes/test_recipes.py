@@ -15,7 +15,9 @@ from vicinal.recipes.small import mixer_fashion_mnist
 from vicinal.training.recipe import Cosine
 
 WEIGHTS = sorted(path.stem for path in shipped.FOLDER.glob("*.safetensors"))
-CLASSIFIERS = [name for name in WEIGHTS if name != shipped.GENERATOR]
+CLASSIFIERS = sorted(
+    path.stem for path in shipped.FOLDER.glob("*_fashion_mnist.safetensors") if path.stem != shipped.GENERATOR
+)
 
 
 def test_mixers_cost_the_same_and_have_the_same_budget():

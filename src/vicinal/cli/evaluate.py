@@ -26,17 +26,17 @@ def run(options: argparse.Namespace) -> None:
     """Answer the command."""
     place = Path(options.model)
     path = place / "model.safetensors" if place.is_dir() else place
-    recipe = recipe_of(path) if path.is_file() else None
-    if recipe is not None and isinstance(recipe.task, Adversarial):
-        _run_generator(options, override(recipe, options.changes))
+    written = recipe_of(path) if path.is_file() else None
+    if written is not None and isinstance(written.task, Adversarial):
+        _run_generator(options, override(written, options.changes))
         return
     for name in ("inception", "size", "count", "split"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is for generators, and {path} is of none")
-    model = trained.load(options.model)
-    values = trained.evaluate(model, override(model.recipe, options.changes))
+    recipe, info, task, path = trained.opened(options.model)
+    values = trained.measured(task, info, override(recipe, options.changes))
     if options.json:
-        print(json.dumps({"model": str(model.path), "recipe": model.recipe.name, **values}, indent=2))
+        print(json.dumps({"model": str(path), "recipe": recipe.name, **values}, indent=2))
         return
     out = console()
     for name, value in values.items():

@@ -100,6 +100,7 @@ def _parser() -> Parser:
     _add_weights(commands)
     _add_train(commands)
     _add_trained(commands)
+    _add_segment(commands)
     _add_data(commands)
     _add_distance(commands)
     _add_generate(commands)
@@ -272,6 +273,32 @@ def _add_trained(commands: Any) -> None:
     parser.add_argument("--model", required=True, help="a run folder, or a model.safetensors of one")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="how many classes (3 by default)")
     parser.add_argument("--save", metavar="FILE", help="also draw the pictures with their best class (.png)")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+def _add_segment(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import segment
+
+        segment.run(options)
+
+    parser = _add(commands, "segment", "what is where in pictures and videos: overlays, masks and JSON", run)
+    parser.add_argument("places", nargs="+", metavar="PLACE", help="pictures, videos, or folders of them")
+    parser.add_argument(
+        "--task", default="panoptic", choices=("panoptic", "semantic", "instance"), help="panoptic by default"
+    )
+    what = parser.add_argument_group("model")
+    what.add_argument(
+        "--weights", metavar="FILE", help="a run folder or weights file; the library's small one by default"
+    )
+    what.add_argument("--model", metavar="NAME", help="with published weights: the name in the list of models")
+    what.add_argument("--names", metavar="FILE", help="with --model: names of classes, one a line, * before things")
+    what.add_argument("--score", type=float, metavar="S", help="the least score that counts; as published by default")
+    how = parser.add_argument_group("how")
+    how.add_argument("--size", type=int, metavar="N", help="pixels of the short side that the model sees")
+    how.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="F", help="several sizes (semantic)")
+    how.add_argument("--flip", action="store_true", help="mirrored too (semantic)")
+    parser.add_argument("--out", default="segmented", metavar="FOLDER", help="where files go (segmented by default)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
 
 

@@ -8,14 +8,24 @@ from vicinal.metrics.frechet import frechet_distance, gaussian_distance
 from vicinal.metrics.inception import inception
 from vicinal.metrics.manifold import PrecisionRecall, precision_recall
 from vicinal.metrics.moments import Moments
+from vicinal.metrics.overlap import MeanIoU
+from vicinal.metrics.panoptic import PanopticQuality
+from vicinal.metrics.precision import AveragePrecision, Detections
+from vicinal.metrics.scenes import Instances, Segments
 from vicinal.metrics.tally import Metric, Tallies, across_processes, rows_across_processes
 
 __all__ = [
+    "AveragePrecision",
     "Calibration",
+    "Detections",
     "Extractor",
+    "Instances",
+    "MeanIoU",
     "Metric",
     "Moments",
+    "PanopticQuality",
     "PrecisionRecall",
+    "Segments",
     "Tallies",
     "TopK",
     "accuracy",

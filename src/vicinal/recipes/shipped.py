@@ -14,6 +14,11 @@ FOLDER = Path(__file__).with_name("weights")
 
 GENERATOR = "stylenat_fashion_mnist"
 """The recipe of the generator that comes with the library."""
+SEGMENTER = "scenes_oneformer"
+"""The segmentation model among them."""
+
+SINGLE_TASK_PQ = {200: 0.3917, 40: 0.3946}
+"""Panoptic quality of `scenes_panoptic` on so many of the first test scenes (benchmarks/results/segmentation.json)."""
 
 LINEAR_BASELINE = {10_000: 0.8118, 500: 0.83}
 """Accuracy of a linear classifier on Fashion-MNIST's pixels (ridge regression on one-hot labels, penalty 1e-3 a

@@ -67,6 +67,12 @@ def _stylenat(folder: Path) -> Outcome:
     return show_stylenat(folder)
 
 
+def _oneformer(folder: Path) -> Outcome:
+    from vicinal.tour.segment import show_oneformer
+
+    return show_oneformer(folder)
+
+
 SYSTEMS: tuple[System, ...] = (
     System(
         name="NAT",
@@ -100,6 +106,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="OneFormer: One Transformer to Rule Universal Image Segmentation",
         published="CVPR 2023",
         purpose="semantic, instance and panoptic segmentation from one model",
+        run=_oneformer,
     ),
     System(
         name="Cosmos-Transfer1",
