@@ -300,7 +300,7 @@ def extra_gradients(call: Call, given: Given) -> tuple[torch.Tensor | None, torc
     grad_value = torch.empty((splits, *extra_value.shape), dtype=torch.float32, device=extra_value.device)
     start(
         extra_pass,
-        (splits * blocks, call.samples * call.kv_heads),
+        (call.samples * call.kv_heads, splits, blocks),
         call.query,
         p_query=call.query,
         p_extra_key=call.extra_key,

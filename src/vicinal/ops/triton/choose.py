@@ -178,7 +178,8 @@ def choose(
     turned = _transposed(member) if name == "key" else member
     most_outer, most_inner = _most(head_dim, value_dim, dtype, device, name)
     if is_heavy:
-        most_outer, most_inner = min(most_outer, 64), min(most_inner, 64)
+        room = 64 if device.kind == "cuda" else 32
+        most_outer, most_inner = min(most_outer, room), min(most_inner, room)
     cuts = [_axis(table, max(most_outer, most_inner)) for table in turned]
     outer, outer_blocks = _boxes([cut.pitch for cut in cuts], most_outer)
     inner, inner_blocks = _boxes([cut.size for cut in cuts], most_inner)
@@ -249,8 +250,10 @@ def _most(head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, nam
         most = (128, 64) if width <= 64 else (64, 64) if width <= 128 else (32, 32)
     else:  # two accumulators: as compiled, larger blocks keep part of them in memory
         most = (64, 64) if width <= 64 else (64, 32) if width <= 128 else (32, 32)
-    if device.shared_bytes < 100_000:  # AMD's
-        most = (min(most[0], 128 if width <= 64 else 64), min(most[1], 64 if width <= 128 else 16))
+    if device.kind == "hip":  # as compiled, larger blocks do not stay in registers
+        if name == "forward":
+            return min(most[0], 128 if width <= 64 else 64), min(most[1], 64 if width <= 128 else 16)
+        return min(most[0], 64 if name == "query" else 32), min(most[1], 32 if width <= 128 else 16)
     return most
 
 

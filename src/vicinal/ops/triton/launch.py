@@ -145,12 +145,15 @@ class Call:
     @property
     def is_wide(self) -> bool:
         """Whether an offset within a sample may not fit into 32 bits."""
-        return any(
-            sum((size - 1) * abs(stride) for size, stride in zip(rows.shape[1:], rows.stride()[1:], strict=True))
-            >= _WIDE
-            or math.prod(rows.shape[1:]) >= _WIDE
-            for rows in (self.query, self.key, self.value)
-            if rows.numel()
+        return (
+            any(
+                sum((size - 1) * abs(stride) for size, stride in zip(rows.shape[1:], rows.stride()[1:], strict=True))
+                >= _WIDE
+                or math.prod(rows.shape[1:]) >= _WIDE
+                for rows in (self.query, self.key, self.value)
+                if rows.numel()
+            )
+            or self.tokens * self.heads * max(self.head_dim, self.value_dim) >= _WIDE
         )
 
     def grids(self, names: str) -> dict[str, int]:
