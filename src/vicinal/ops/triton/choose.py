@@ -56,12 +56,14 @@ DEVICES = {
 """The devices that kernels are compiled for in tests."""
 
 
-@functools.cache
 def this_device() -> Device:
-    """The device of this process; an ordinary one where there is none."""
-    if not torch.cuda.is_available():
-        return DEVICES["sm80"]
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    """The device that this process uses; an ordinary one where it uses none, as with fake tensors."""
+    return _device(torch.cuda.current_device()) if torch.cuda.is_initialized() else DEVICES["sm80"]
+
+
+@functools.cache
+def _device(number: int) -> Device:
+    properties = torch.cuda.get_device_properties(number)
     if torch.version.hip is not None:
         return DEVICES["gfx942"]
     shared = getattr(properties, "shared_memory_per_block_optin", 101_376)
