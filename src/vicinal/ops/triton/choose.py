@@ -252,6 +252,8 @@ def _most(head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, nam
         most = (128, 64) if width <= 64 else (64, 64) if width <= 128 else (32, 32)
     else:  # two accumulators: as compiled, larger blocks keep part of them in memory
         most = (64, 64) if width <= 64 else (64, 32) if width <= 128 else (32, 32)
+        if device.kind == "cuda" and device.capability < 90:  # before Hopper all operands pass through registers
+            most = (min(most[0], 64 if width <= 64 else 32), 32)
     if device.kind == "hip":  # as compiled, larger blocks do not stay in registers
         if name == "forward":
             return min(most[0], 128 if width <= 64 else 64), min(most[1], 64 if width <= 128 else 16)
