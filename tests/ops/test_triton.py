@@ -217,6 +217,18 @@ def test_refusals_name_device_dtype_and_head_dim() -> None:
         vicinal.attention(query, query, query, Near(3), backend="triton")
 
 
+def test_cpu_tensors_leave_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # once every choice asked the GPU for its capability, which starts CUDA, in forked workers too
+    def touch(*_: Any) -> None:
+        raise AssertionError("CUDA was asked for something")
+
+    for name in ("is_available", "get_device_capability", "get_device_properties", "current_device", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, touch)
+    query = torch.zeros(1, 5, 2, 4)
+    vicinal.attention(query, query, query, Near(3, dilation=2), backend="tiled")
+    assert vicinal.explain(query, query, query, Near(3)).backend == "triton"  # in these tests it takes CPU tensors
+
+
 def test_import_does_not_import_triton_and_cpu_calls_do_not_need_it() -> None:
     script = (
         "import sys, torch, vicinal; query = torch.zeros(1, 5, 1, 4); "

@@ -137,7 +137,8 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], device: Device) -> An
     hints: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, parameter in enumerate(kernel.params):
         value, name = arguments[parameter.name], parameter.name
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -146,7 +147,7 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], device: Device) -> An
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
             hints[(place,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", device.capability, 32) if device.kind == "cuda" else GPUTarget("hip", "gfx942", 64)
     options = {name: arguments[name] for name in _OPTIONS if name in arguments}
@@ -207,13 +208,14 @@ def _kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
 
 def _variant(name: str, kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
     parts: list[tuple[Any, ...]] = []
+    special = {parameter.name for parameter in kernel.params if not parameter.do_not_specialize}
     for argument, value in sorted(arguments.items()):
         if isinstance(value, torch.Tensor):
             parts.append((argument, value.dtype))
         elif argument.isupper() or argument in _OPTIONS or value is None:
             parts.append((argument, value))
         elif isinstance(value, int):
-            parts.append((argument, value == 1, value % 16 == 0, value >= 1 << 31))
+            parts.append((argument, argument in special and (value == 1, value % 16 == 0), value >= 1 << 31))
     return (name, kernel.__name__, *parts)
 
 

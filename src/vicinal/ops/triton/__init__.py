@@ -21,11 +21,18 @@ LEAST_CAPABILITY = (8, 0)
 
 
 @functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def reason_missing() -> str | None:
-    """Why this installation cannot run Triton kernels, or None."""
-    if importlib.util.find_spec("triton") is None:
+    """Why this installation cannot run Triton kernels, or None.
+
+    CPU tensors ask too, perhaps in a forked process: the device is looked at only where the process uses one already.
+    """
+    if not _has_triton():
         return "Triton is not installed; torch for CUDA and ROCm brings it along"
-    if torch.version.hip is None and torch.cuda.is_available():
+    if torch.version.hip is None and torch.cuda.is_initialized():
         capability = torch.cuda.get_device_capability()
         if capability < LEAST_CAPABILITY:
             needed, found = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from vicinal.ops.backend import Gradients, Inputs
+from vicinal.ops.packing import HEADER
 from vicinal.ops.triton.launch import (
-    _LOG2_E,
+    LOG2_E,
     Call,
     Part,
-    _earlier_wraps,
     as_rows,
+    earlier_wraps,
     power,
     precision,
     start,
@@ -147,7 +148,7 @@ def _watchers(call: Call, part: Part) -> tuple[torch.Tensor, int, int]:
     records = [0, 0, 0]
     for axis in range(3 - call.rank, 3):
         records[axis] = base
-        base += 4 + 3 * n[axis]
+        base += HEADER + 3 * n[axis]
     block = 128
     start(
         watchers_kernel,
@@ -194,7 +195,7 @@ def _start_key_pass(
         p_delta=given.delta,
         p_tables=call.tables,
         p_watchers=watchers,
-        scale=call.inputs.scale * _LOG2_E,
+        scale=call.inputs.scale * LOG2_E,
         programs=programs,
         row_words=call.tables.shape[1] if call.has_rows else 0,
         watcher_words=watchers.shape[1] if call.has_rows else 0,
@@ -211,7 +212,7 @@ def _start_key_pass(
         group_kv_heads=len(kv_heads),
         HAS_TURNS=part.has_turns,
         EARLIER=part.number,
-        EARLIER_WRAPS=_earlier_wraps(part),
+        EARLIER_WRAPS=earlier_wraps(part),
         HAS_BIAS=part.bias is not None,
         HAS_ROWS=call.has_rows or call.is_padded,
         ADDS=adds,
@@ -254,7 +255,7 @@ def bias_gradient(call: Call, given: Given) -> torch.Tensor:
             p_grad=given.grad,
             p_delta=given.delta,
             p_tables=call.tables,
-            scale=call.inputs.scale * _LOG2_E,
+            scale=call.inputs.scale * LOG2_E,
             samples=call.samples,
             splits=splits,
             row_words=call.tables.shape[1] if call.has_rows else 0,
@@ -300,7 +301,7 @@ def extra_gradients(call: Call, given: Given) -> tuple[torch.Tensor | None, torc
     grad_value = torch.empty((splits, *extra_value.shape), dtype=torch.float32, device=extra_value.device)
     start(
         extra_pass,
-        (splits * blocks, call.samples * call.kv_heads),
+        (call.samples * call.kv_heads, splits, blocks),
         call.query,
         p_query=call.query,
         p_extra_key=call.extra_key,
@@ -312,7 +313,7 @@ def extra_gradients(call: Call, given: Given) -> tuple[torch.Tensor | None, torc
         p_delta=given.delta,
         p_tables=call.tables,
         p_extra_lengths=call.extra_lengths,
-        scale=call.inputs.scale * _LOG2_E,
+        scale=call.inputs.scale * LOG2_E,
         row_words=call.tables.shape[1] if call.has_rows else 0,
         extra_tokens=tokens,
         splits=splits,

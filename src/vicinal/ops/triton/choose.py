@@ -56,12 +56,14 @@ DEVICES = {
 """The devices that kernels are compiled for in tests."""
 
 
-@functools.cache
 def this_device() -> Device:
-    """The device of this process; an ordinary one where there is none."""
-    if not torch.cuda.is_available():
-        return DEVICES["sm80"]
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    """The device that this process uses; an ordinary one where it uses none, as with fake tensors."""
+    return _device(torch.cuda.current_device()) if torch.cuda.is_initialized() else DEVICES["sm80"]
+
+
+@functools.cache
+def _device(number: int) -> Device:
+    properties = torch.cuda.get_device_properties(number)
     if torch.version.hip is not None:
         return DEVICES["gfx942"]
     shared = getattr(properties, "shared_memory_per_block_optin", 101_376)
@@ -178,7 +180,8 @@ def choose(
     turned = _transposed(member) if name == "key" else member
     most_outer, most_inner = _most(head_dim, value_dim, dtype, device, name)
     if is_heavy:
-        most_outer, most_inner = min(most_outer, 64), min(most_inner, 64)
+        room = 64 if device.kind == "cuda" else 32
+        most_outer, most_inner = min(most_outer, room), min(most_inner, room)
     cuts = [_axis(table, max(most_outer, most_inner)) for table in turned]
     outer, outer_blocks = _boxes([cut.pitch for cut in cuts], most_outer)
     inner, inner_blocks = _boxes([cut.size for cut in cuts], most_inner)
@@ -249,8 +252,12 @@ def _most(head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, nam
         most = (128, 64) if width <= 64 else (64, 64) if width <= 128 else (32, 32)
     else:  # two accumulators: as compiled, larger blocks keep part of them in memory
         most = (64, 64) if width <= 64 else (64, 32) if width <= 128 else (32, 32)
-    if device.shared_bytes < 100_000:  # AMD's
-        most = (min(most[0], 128 if width <= 64 else 64), min(most[1], 64 if width <= 128 else 16))
+        if device.kind == "cuda" and device.capability < 90:  # before Hopper all operands pass through registers
+            most = (min(most[0], 64 if width <= 64 else 32), 32)
+    if device.kind == "hip":  # as compiled, larger blocks do not stay in registers
+        if name == "forward":
+            return min(most[0], 128 if width <= 64 else 64), min(most[1], 64 if width <= 128 else 16)
+        return min(most[0], 64 if name == "query" else 32), min(most[1], 32 if width <= 128 else 16)
     return most
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,8 @@ from vicinal.ops.backend import Inputs
 from vicinal.ops.packing import HEADER, AxisLayout, GroupLayout
 from vicinal.ops.triton.plan import Box, Choice, Tiles, box, unpack
 
-Launch = Callable[..., None]
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _WIDE = 1 << 31
-
 
 RECORDS: list[tuple[Any, dict[str, Any]]] = []
 """Kernels and their arguments, of launches on the meta device: what a compiler needs to know, without a GPU."""
@@ -100,7 +98,8 @@ class Call:
         self.query, self.key, self.value = (as_rows(t, rank) for t in (inputs.query, inputs.key, inputs.value))
         self.extra_key = _extra(inputs.extra_key)
         self.extra_value = _extra(inputs.extra_value)
-        self.extra_lengths = None if self.extra_key is None else inputs.extra_lengths
+        lengths = inputs.extra_lengths
+        self.extra_lengths = None if self.extra_key is None or lengths is None else lengths.contiguous()
         self.grid, self.key_grid = box(inputs.grid), box(inputs.key_grid)
         self.samples, self.tokens, self.heads, self.head_dim = self.query.shape
         self.kv_heads, self.value_dim = self.value.shape[2:]
@@ -109,11 +108,6 @@ class Call:
         # one row may stand for a whole batch, also where sizes are given: then it says how large its samples are
         self.has_rows = self.tables.shape[0] > 1
         self.is_padded = any(axis.step == 0 for group in inputs.layout.groups for m in group.members for axis in m)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return self.query.numel() == 0 and self.samples * self.tokens * self.heads == 0
 
     def zeros_or_empty(self, shape: Sequence[int], dtype: torch.dtype, *, zeros: bool) -> torch.Tensor:
         """Fresh memory on the device of the call."""
@@ -135,22 +129,24 @@ class Call:
             first_head += group.heads
             o_group += words * len(group.members)
 
-    def sizes(self, block_names: bool = True) -> dict[str, Any]:
+    def sizes(self) -> dict[str, Any]:
         """Head dims and what else is fixed when a kernel is compiled."""
-        names = {"RANK": self.rank, "D": self.head_dim, "DV": self.value_dim}
-        if block_names:
-            names |= {"BLOCK_D": power(self.head_dim), "BLOCK_DV": power(self.value_dim)}
-        return {**names, "IS_WIDE": self.is_wide}
+        dims = {"D": self.head_dim, "DV": self.value_dim}
+        blocks = {f"BLOCK_{name}": power(dim) for name, dim in dims.items()}
+        return {"RANK": self.rank, **dims, **blocks, "IS_WIDE": self.is_wide}
 
     @property
     def is_wide(self) -> bool:
         """Whether an offset within a sample may not fit into 32 bits."""
-        return any(
-            sum((size - 1) * abs(stride) for size, stride in zip(rows.shape[1:], rows.stride()[1:], strict=True))
-            >= _WIDE
-            or math.prod(rows.shape[1:]) >= _WIDE
-            for rows in (self.query, self.key, self.value)
-            if rows.numel()
+        return (
+            any(
+                sum((size - 1) * abs(stride) for size, stride in zip(rows.shape[1:], rows.stride()[1:], strict=True))
+                >= _WIDE
+                or math.prod(rows.shape[1:]) >= _WIDE
+                for rows in (self.query, self.key, self.value)
+                if rows.numel()
+            )
+            or self.tokens * self.heads * max(self.head_dim, self.value_dim) >= _WIDE
         )
 
     def grids(self, names: str) -> dict[str, int]:
@@ -216,7 +212,7 @@ def start_query_pass(
         p_extra_key=call.extra_key if has_extra else None,
         p_extra_value=call.extra_value if has_extra else None,
         p_extra_lengths=call.extra_lengths if has_extra else None,
-        scale=call.inputs.scale * _LOG2_E,
+        scale=call.inputs.scale * LOG2_E,
         programs=programs,
         row_words=call.tables.shape[1] if call.has_rows else 0,
         extra_tokens=0 if call.extra_key is None else call.extra_key.shape[1],
@@ -227,7 +223,7 @@ def start_query_pass(
         first_head=part.first_head,
         group_heads=part.layout.heads,
         EARLIER=part.number,
-        EARLIER_WRAPS=_earlier_wraps(part),
+        EARLIER_WRAPS=earlier_wraps(part),
         HAS_BIAS=part.bias is not None,
         HAS_EXTRA=has_extra,
         HAS_LENGTHS=has_extra and call.extra_lengths is not None,
@@ -248,7 +244,8 @@ def start_query_pass(
     )
 
 
-def _earlier_wraps(part: Part) -> bool:
+def earlier_wraps(part: Part) -> bool:
+    """Whether an axis of a member before this one wraps."""
     return any(axis.wraps for member in part.layout.members[: part.number] for axis in member)
 
 

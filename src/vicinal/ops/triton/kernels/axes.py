@@ -12,6 +12,44 @@ import triton.language as tl
 HEADER = tl.constexpr(4)
 FAR = tl.constexpr(1 << 29)
 
+UNSPECIALIZED = [
+    "programs",
+    "row_words",
+    "watcher_words",
+    "extra_tokens",
+    "o_group",
+    "member_words",
+    "o_0",
+    "o_1",
+    "o_2",
+    "o_watch_1",
+    "o_watch_2",
+    "o_watchers_1",
+    "o_watchers_2",
+    "n_0",
+    "n_1",
+    "n_2",
+    "m_0",
+    "m_1",
+    "m_2",
+    "bits",
+    "rows",
+    "tokens",
+    "heads",
+    "kv_heads",
+    "shared",
+    "first_head",
+    "group_heads",
+    "first_kv_head",
+    "group_kv_heads",
+    "splits",
+    "samples",
+    "bias_0",
+    "bias_1",
+    "bias_2",
+]
+"""Sizes whose divisibility a kernel gains nothing by: another grid is no reason to compile again."""
+
 
 @triton.jit
 def record_words(length, IS_THERE: tl.constexpr):

@@ -6,6 +6,7 @@ import triton.language as tl
 from vicinal.ops.triton.kernels.axes import (
     FAR,
     HEADER,
+    UNSPECIALIZED,
     header,
     hide,
     leave_out,
@@ -152,8 +153,9 @@ def key_tile(
     begin_head = tl.maximum(kv_head * shared, first_head)
     end_head = tl.minimum((kv_head + 1) * shared, first_head + group_heads)
     for head in range(begin_head, end_head):
-        p_own_query = p_query + head * s_query_head
-        p_own_grad = p_grad + head * s_grad_head
+        wide_head = head + sample.to(tl.int64) * 0
+        p_own_query = p_query + wide_head * s_query_head
+        p_own_grad = p_grad + wide_head * s_grad_head
         o_lse = sample.to(tl.int64) * n_0 * n_1 * n_2 * heads + head
         at_0, at_1, at_2 = 0, 0, 0
         for _ in range(count_0 * count_1 * count_2):
@@ -218,7 +220,7 @@ def key_tile(
     store_rows(p_grad_value + o_rows * DV, key_token, kv_heads * DV, dv, grad_value, is_key, DV, IS_WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def key_pass(
     p_query, p_key, p_value, p_grad_key, p_grad_value, p_lse, p_grad, p_delta, p_tables, p_watchers, p_bias,
     scale, programs, row_words, watcher_words, bias_0, bias_1, bias_2, o_group, member_words, o_watch_1, o_watch_2,
@@ -241,11 +243,11 @@ def key_pass(
     tile = program % programs
     kv_head = first_kv_head + program // programs % group_kv_heads
     sample = program // programs // group_kv_heads
-    wide = sample.to(tl.int64)
+    wide, wide_kv_head = sample.to(tl.int64), kv_head.to(tl.int64)
     p_query += wide * s_query_sample
     p_grad += wide * s_grad_sample
-    p_key += wide * s_key_sample + kv_head * s_key_head
-    p_value += wide * s_value_sample + kv_head * s_value_head
+    p_key += wide * s_key_sample + wide_kv_head * s_key_head
+    p_value += wide * s_value_sample + wide_kv_head * s_value_head
     p_row, p_watch = p_tables, p_watchers
     end = tile + 1
     if HAS_ROWS:

@@ -8,7 +8,17 @@ what the members before left, the gradient adds to it.
 import triton
 import triton.language as tl
 
-from vicinal.ops.triton.kernels.axes import FAR, hide, leave_out, next_tile, on_axis, record_offsets, slots, window_of
+from vicinal.ops.triton.kernels.axes import (
+    FAR,
+    UNSPECIALIZED,
+    hide,
+    leave_out,
+    next_tile,
+    on_axis,
+    record_offsets,
+    slots,
+    window_of,
+)
 from vicinal.ops.triton.kernels.tile import (
     LOG2_E,
     add_bias,
@@ -162,7 +172,7 @@ def query_tile(
         tl.store(p_lse + o_lse + query_token * heads, lse, mask=is_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_pass(
     p_query, p_key, p_value, p_out, p_prior, p_lse, p_grad, p_delta, p_tables, p_bias, p_extra_key, p_extra_value,
     p_extra_lengths, scale, programs, row_words, extra_tokens, bias_0, bias_1, bias_2, o_group, member_words,
@@ -189,13 +199,13 @@ def query_pass(
     sample = program // programs // group_heads
     head = first_head + own_head
     kv_head = head // shared
-    wide = sample.to(tl.int64)
-    p_query += wide * s_query_sample + head * s_query_head
-    p_key += wide * s_key_sample + kv_head * s_key_head
-    p_value += wide * s_value_sample + kv_head * s_value_head
+    wide, wide_head, wide_kv_head = sample.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    p_query += wide * s_query_sample + wide_head * s_query_head
+    p_key += wide * s_key_sample + wide_kv_head * s_key_head
+    p_value += wide * s_value_sample + wide_kv_head * s_value_head
     p_row = p_tables
     if IS_GRADIENT:
-        p_grad += wide * s_grad_sample + head * s_grad_head
+        p_grad += wide * s_grad_sample + wide_head * s_grad_head
     if HAS_BIAS:
         p_bias += own_head * (bias_0 * bias_1 * bias_2)
     if HAS_EXTRA:

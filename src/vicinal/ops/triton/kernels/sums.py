@@ -7,7 +7,7 @@ results are added up afterwards. Nothing is added atomically, so the bits are th
 import triton
 import triton.language as tl
 
-from vicinal.ops.triton.kernels.axes import HEADER, header, record_offsets
+from vicinal.ops.triton.kernels.axes import HEADER, UNSPECIALIZED, header, record_offsets
 from vicinal.ops.triton.kernels.tile import LOG2_E, load_rows
 
 
@@ -20,7 +20,7 @@ def own_queries(p_row, o_0, o_1, o_2, RANK: tl.constexpr):
     return own_0, own_1, own_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def extra_pass(
     p_query, p_extra_key, p_extra_value, p_grad_key, p_grad_value, p_lse, p_grad, p_delta, p_tables, p_extra_lengths,
     scale, row_words, extra_tokens, splits, samples, n_0, n_1, n_2, heads, kv_heads, shared,
@@ -31,10 +31,9 @@ def extra_pass(
     PRECISION: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Partial gradients of a block of extra tokens over one share of the queries."""
-    split = tl.program_id(0) % splits
-    block = tl.program_id(0) // splits
-    kv_head = tl.program_id(1) % kv_heads
-    sample = (tl.program_id(1) // kv_heads).to(tl.int64)
+    split, block = tl.program_id(1), tl.program_id(2)
+    kv_head = tl.program_id(0) % kv_heads
+    sample = (tl.program_id(0) // kv_heads).to(tl.int64)
     p_row = p_tables
     if HAS_ROWS:
         p_row += sample * row_words
@@ -58,8 +57,9 @@ def extra_pass(
     )
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    p_query += sample * s_query_sample + kv_head * shared * s_query_head
-    p_grad += sample * s_grad_sample + kv_head * shared * s_grad_head
+    first_head = kv_head * shared + sample * 0
+    p_query += sample * s_query_sample + first_head * s_query_head
+    p_grad += sample * s_grad_sample + first_head * s_grad_head
     queries = own_0 * own_1 * own_2
     for own_head in range(shared):
         o_lse = sample * n_0 * n_1 * n_2 * heads + kv_head * shared + own_head
@@ -69,8 +69,12 @@ def extra_pass(
             number = tl.minimum(number, queries - 1)
             query_token = number // (own_1 * own_2) * n_1 + number // own_2 % own_1
             query_token = query_token * n_2 + number % own_2
-            b_query = load_rows(p_query + own_head * s_query_head, query_token, s_query, d, D, BLOCK_D, IS_WIDE)
-            b_grad = load_rows(p_grad + own_head * s_grad_head, query_token, s_grad, dv, DV, BLOCK_DV, IS_WIDE)
+            b_query = load_rows(
+                p_query + (own_head + sample * 0) * s_query_head, query_token, s_query, d, D, BLOCK_D, IS_WIDE
+            )
+            b_grad = load_rows(
+                p_grad + (own_head + sample * 0) * s_grad_head, query_token, s_grad, dv, DV, BLOCK_DV, IS_WIDE
+            )
             b_grad = b_grad.to(b_query.dtype)
             lse = tl.load(p_lse + o_lse + query_token * heads)
             delta = tl.load(p_delta + o_lse + query_token * heads)
@@ -104,7 +108,7 @@ def pair_on_axis(p_row, o_record, n, query, place, length, IS_THERE: tl.constexp
     return key, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def bias_pass(
     p_query, p_key, p_value, p_grad_bias, p_lse, p_grad, p_delta, p_tables, p_bias, scale, samples, splits, row_words,
     bias_0, bias_1, bias_2, o_group, n_0, n_1, n_2, m_1, m_2, heads, shared, first_head, group_heads,
@@ -133,10 +137,10 @@ def bias_pass(
             p_row += sample * row_words
         own_0, own_1, own_2 = own_queries(p_row, o_0, o_1, o_2, RANK)
         queries = own_0 * own_1 * own_2
-        p_own_query = p_query + sample * s_query_sample + head * s_query_head
-        p_own_grad = p_grad + sample * s_grad_sample + head * s_grad_head
-        p_own_key = p_key + sample * s_key_sample + head // shared * s_key_head
-        p_own_value = p_value + sample * s_value_sample + head // shared * s_value_head
+        p_own_query = p_query + sample * s_query_sample + (head + sample * 0) * s_query_head
+        p_own_grad = p_grad + sample * s_grad_sample + (head + sample * 0) * s_grad_head
+        p_own_key = p_key + sample * s_key_sample + (head // shared + sample * 0) * s_key_head
+        p_own_value = p_value + sample * s_value_sample + (head // shared + sample * 0) * s_value_head
         o_lse = sample * n_0 * n_1 * n_2 * heads + head
         for begin in range(split * BLOCK_M, queries, splits * BLOCK_M):
             number_in = begin + tl.arange(0, BLOCK_M)

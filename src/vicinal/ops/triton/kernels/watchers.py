@@ -8,7 +8,7 @@ several unwrapped coordinates, one for each of `TURNS` turns, and those that see
 import triton
 import triton.language as tl
 
-from vicinal.ops.triton.kernels.axes import HEADER
+from vicinal.ops.triton.kernels.axes import HEADER, UNSPECIALIZED
 from vicinal.ops.triton.kernels.tile import LOG2_E
 
 TURNS = tl.constexpr(4)
@@ -32,7 +32,7 @@ def first_beyond(p_first, n, residue, step, members, key, bits, IS_LAST: tl.cons
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def watchers_kernel(
     p_tables, p_watchers, row_words, watcher_words, o_0, o_1, o_2, o_watchers_1, o_watchers_2, n_0, n_1, n_2,
     m_0, m_1, m_2, bits, RANK: tl.constexpr, HAS_TURNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -71,7 +71,7 @@ def watchers_kernel(
         tl.store(p_out + (2 + 2 * turn) * m + key, tl.maximum(end, begin), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def row_sums_kernel(
     p_out, p_grad, p_lse, p_grad_lse, p_lse_2, p_delta, rows, tokens, heads, s_grad_sample, s_grad, s_grad_head,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
