@@ -28,7 +28,7 @@ from vicinal.measure.peers.installed import mend_torchvision
 RESULTS = pathlib.Path(__file__).parent / "results" / "models.json"
 OURS = ("swin_tiny", "nat_tiny", "dinat_tiny")
 PARTS = {
-    "attention": ("vicinal::attend",),
+    "attention": ("vicinal::attend", "_Attend"),
     "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"),
     "convolutions": ("convolution", "conv2d"),
     "norms": ("layer_norm",),
@@ -78,7 +78,7 @@ def inference(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
 def training_step(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
     """Forward, loss, backward, one step of AdamW."""
     labels = torch.arange(len(images)) % 1000
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def call() -> None:
         model.train()

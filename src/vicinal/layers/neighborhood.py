@@ -13,6 +13,7 @@ from vicinal.layers.tags import POSITION_BIAS, tag
 from vicinal.layers.words import padded
 from vicinal.ops.api import attention
 from vicinal.ops.na import neighborhood, on_each_axis
+from vicinal.ops.side_by_side import unpack
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -85,7 +86,7 @@ class _NeighborhoodAttention(nn.Module):
         if self.pad_mode == "legacy":
             inputs = pad_grid(inputs, padded(self.pattern, grid))
         qkv = self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.unbind(-3)
+        query, key, value = unpack(qkv)
         out = crop_grid(self._attend(query, key, value).flatten(-2), grid)
         result: torch.Tensor = self.proj_drop(self.proj(out))
         return result

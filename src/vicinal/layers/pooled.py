@@ -8,6 +8,7 @@ from torch import nn
 from vicinal.layers.channels import average_pool, channels_first, channels_last
 from vicinal.layers.words import AnyPattern, at
 from vicinal.ops.api import attention
+from vicinal.ops.side_by_side import unpack
 from vicinal.pattern.axis import Full
 from vicinal.pattern.counting import count
 
@@ -54,7 +55,7 @@ class PooledAttention(nn.Module):
         """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`."""
         query = self.q(inputs).unflatten(-1, (self.num_heads, self.head_dim))
         pooled = self.pool(inputs)
-        key, value = self.kv(pooled).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
+        key, value = unpack(self.kv(pooled).unflatten(-1, (2, self.num_heads, self.head_dim)))
         pattern = at(self.pattern, inputs.shape[1:-1])
         result: torch.Tensor = self.proj(attention(query, key, value, pattern, backend=self.backend).flatten(-2))
         return result

@@ -45,7 +45,7 @@ MODULES = (
 NEAREST = 6
 """How many models `identify` compares with a checkpoint key by key."""
 
-_SIZES = {"kernel_size", "window_size", "image_size", "size", "patterns"}
+_SIZES = {"kernel_size", "window_size", "image_size", "size", "patterns", "backbone_options"}
 """Options that change the size of a position bias."""
 
 
@@ -123,7 +123,7 @@ def create_model(
         pretrained: a checkpoint in any layout of the family (`vicinal weights FILE` tells): a path, an address, a
             Hugging Face repository id, or True for the first that is published. It has to fit; only a classifier for
             other classes than an explicit `num_classes` stays fresh, and position biases are interpolated where
-            `kernel_size`, `window_size`, `image_size`, `size` or `patterns` is overridden.
+            `kernel_size`, `window_size`, `image_size`, `size`, `patterns` or `backbone_options` is overridden.
         num_classes: classes of the classifier, 0 for none (the model then gives one vector per image).
         features_only: return a model that gives feature maps `[batch, channels, height, width]`, finest first;
             `stages=(1, 2, 3)` chooses them, `use_norms=True` puts each through a norm of its own.

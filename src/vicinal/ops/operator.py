@@ -14,6 +14,7 @@ import torch
 from vicinal.ops import backend
 from vicinal.ops.backend import Gradients, Inputs, gradients_through
 from vicinal.ops.packing import Layout
+from vicinal.ops.side_by_side import is_plain
 
 library = torch.library.Library("vicinal", "DEF")
 
@@ -152,6 +153,10 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
         again = backend.find(ctx.backend).differentiable
         with below_autocast():
             grads = gradients_through(again, inputs, grad_out, grad_lse, needs, create_graph=True)
+    elif ctx.backend == "cpu" and all(is_plain(tensor) for tensor in (lse, grad_out, grad_lse) if tensor is not None):
+        # as in the forward, and the gradients may share memory, which those of a registered operator must not
+        inputs = _inputs(tensors, ctx.layout, ctx.scale)
+        grads = backend.find("cpu").backward(inputs, out, lse, grad_out, grad_lse, needs)
     else:
         packed = torch.ops.vicinal.attend_backward(
             grad_out, grad_lse, out, lse, *tensors, ctx.layout, ctx.scale, ctx.backend, needs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers import (
+    ConvNextConfig,
     DinatConfig,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -41,6 +42,11 @@ def backbone(kind):
             "dim": 8, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 4, "drop_path_rate": 0.0,
             "always_partition": True,
         }  # fmt: skip
+    if kind == "convnext":
+        theirs = ConvNextConfig(
+            hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 2, 1], drop_path_rate=0.0, out_features=STAGES
+        )
+        return theirs, "convnext_large", {"dims": (8, 16, 32, 64), "depths": (1, 1, 2, 1), "drop_path_rate": 0.0}
     dilations = ((1, 2), (1,), (1,), (1,))
     sizes = {"embed_dim": 8, "depths": [2, 1, 1, 1], "num_heads": [1, 2, 2, 4], "kernel_size": 3, "mlp_ratio": 2.0}
     theirs = DinatConfig(

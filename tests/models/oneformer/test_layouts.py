@@ -110,13 +110,17 @@ def test_a_published_file_loads_by_its_path(tmp_path):
     torch.save(trained.state_dict(), tmp_path / "ours.pt")
     again = vicinal.create_model("oneformer_dinat_large_ade20k", tmp_path / "ours.pt", **fields).eval()
     torch.testing.assert_close(again(images, task).mask_logits, loaded(images, task).mask_logits, rtol=0, atol=0)
+    # position biases for another kernel are interpolated
+    wider = {**fields, "backbone_options": {**fields["backbone_options"], "kernel_size": 5}}
+    larger = vicinal.create_model("oneformer_dinat_large_ade20k", tmp_path / "weights.pth", **wider)
+    assert larger.backbone.stages[0].blocks[0].mixer.rpb.shape[1:] == (9, 9)
     # other classes: everything but the classifier
     other = vicinal.create_model(
         "oneformer_dinat_large_ade20k", tmp_path / "weights.pth", **{**fields, "num_classes": 7}
     )
     assert other.decoder.classes.weight.shape[0] == 8
     assert torch.equal(other.decoder.norm.weight, trained.decoder.norm.weight)
-    with pytest.raises(loading.CheckpointMismatch, match="query_embed"):
+    with pytest.raises(loading.CheckpointMismatch, match=r"1 misshapen .*\(9, 64\) for \(12, 64\)"):
         vicinal.create_model("oneformer_dinat_large_ade20k", tmp_path / "weights.pth", **{**fields, "num_queries": 12})
 
 

@@ -89,6 +89,27 @@ def test_wrong_targets_are_a_sentence(targets, message):
         SegmentationLoss(CONFIG)(output(), targets)
 
 
+@pytest.mark.parametrize("options", [{"num_points": 0}, {"oversample": 0.5}, {"importance": 1.5}])
+def test_a_wrong_way_of_sampling_is_a_sentence(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be|importance from 0 to 1"):
+        LossConfig(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_losses_are_computed_in_float32_at_least(dtype):
+    given = output()
+    exact = OneFormerOutput(given.class_logits.double(), given.mask_logits.double(), [], given.object_queries)
+    rough = OneFormerOutput(given.class_logits.to(dtype), given.mask_logits.to(dtype), [], given.object_queries)
+    targets = [target([0, 2]), target([1])]
+    found = []
+    for one in (rough, exact):
+        torch.manual_seed(1)
+        found.append(SegmentationLoss(CONFIG)(one, targets))
+    for name, term in found[0].items():
+        assert term.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(term.double(), found[1][name], rtol=0.02, atol=0.02)
+
+
 def test_the_contrast_is_symmetric_and_grows_with_confusion():
     torch.manual_seed(0)
     queries = torch.randn(3, 4, 8)

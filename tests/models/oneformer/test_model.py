@@ -191,6 +191,16 @@ def test_export():
     torch.testing.assert_close(found.mask_logits, expected.mask_logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_compile():
+    config = dataclasses.replace(small("oneformer_dinat_large_ade20k"), decoder_layers=2, dim=32, num_heads=2)
+    model = OneFormer(config).eval()
+    images, task = torch.randn(1, 3, 64, 64), torch.randint(0, 49408, (1, 77))
+    found, expected = torch.compile(model, fullgraph=True)(images, task), model(images, task)
+    torch.testing.assert_close(found.mask_logits, expected.mask_logits, rtol=1e-3, atol=1e-3)
+
+
 def test_save_and_load(tmp_path):
     model = built("oneformer_swin_large_ade20k")
     torch.save(model.state_dict(), tmp_path / "weights.pt")

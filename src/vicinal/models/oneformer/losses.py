@@ -63,6 +63,7 @@ class SegmentationLoss:
         wanted = torch.full(logits.shape[:2], last, dtype=torch.long, device=logits.device)
         for row, target, (queries, segments) in zip(wanted, targets, pairs, strict=True):
             row[queries] = target["labels"].to(logits.device)[segments]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = torch.ones(last + 1, dtype=logits.dtype, device=logits.device)
         weight[-1] = self.config.no_object
         return nn.functional.cross_entropy(logits.transpose(1, 2), wanted, weight)

@@ -32,6 +32,15 @@ class LossConfig:
     oversample: float = 3.0
     importance: float = 0.75
 
+    def __post_init__(self) -> None:
+        """Say what cannot be sampled."""
+        if self.num_points < 1:
+            raise ValueError(f"num_points must be at least 1, got {self.num_points}")
+        if self.oversample < 1 or not 0 <= self.importance <= 1:
+            raise ValueError(
+                f"oversample must be at least 1 and importance from 0 to 1, got {self.oversample} and {self.importance}"
+            )
+
 
 @torch.no_grad()
 def match(

@@ -11,6 +11,7 @@ import torch
 from vicinal.ops.backend import Backend, Capability, Gradients, Inputs, Problem, register
 from vicinal.ops.cpu import library, record
 from vicinal.ops.packing import Layout, pack_tables
+from vicinal.ops.side_by_side import empty_beside
 from vicinal.ops.tiled.forward import differentiable
 
 
@@ -72,9 +73,12 @@ def backward(
     """The gradients that are needed."""
     bias, extra_lengths = _bias(inputs), _lengths(inputs)
     given = (inputs.query, inputs.key, inputs.value, bias, inputs.extra_key, inputs.extra_value)
-    grads = [
+    wanted = [tensor for tensor, need in zip(given[:3], needs, strict=False) if need]
+    beside = iter(empty_beside(wanted) if wanted else ())
+    grads = [next(beside) if need else None for need in needs[:3]]
+    grads += [
         torch.empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else None
-        for tensor, need in zip(given, needs, strict=True)
+        for tensor, need in zip(given[3:], needs[3:], strict=True)
     ]
     row_sums = torch.empty(lse.shape, dtype=lse.dtype)
     packed = _record(inputs, bias, extra_lengths, out, lse, grad_out, grad_lse, row_sums, *grads)
