@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vicinal.data.dataset import Image
+from vicinal.data.picture import pillow
 from vicinal.data.scenes import SceneDataset, Scenes
 from vicinal.data.stream import Stream
 from vicinal.metrics import PanopticQuality, Segments
 from vicinal.recipes.shipped import FOLDER, SEGMENTER, SINGLE_TASK_PQ
 from vicinal.tasks.joint_labels import TASKS, TaskName, segments
 from vicinal.tasks.overlay import overlay
-from vicinal.tasks.protocol import Panel
 from vicinal.tasks.segmentation import as_segments
 from vicinal.tour.systems import Outcome
-from vicinal.training.drawing import save_panels
 from vicinal.training.segmenter import Segmenter, load_segmenter
 
-SHOWN = (0, 3)
+SHOWN = (3, 5)
 """Numbers of the test scenes that are drawn."""
 
 SCENES = 40
@@ -35,15 +35,16 @@ def show_oneformer(folder: Path) -> Outcome:
     """OneFormer's row."""
     model = load_segmenter(FOLDER / f"{SEGMENTER}.safetensors")
     data = Scenes(test=SCENES).open("test")
-    panels, times = [], []
+    rows, times = [], []
     for index in SHOWN:
         picture = np.ascontiguousarray(data.read(index)[0][..., :3])
-        panels.append(Panel(large(picture), "a made scene"))
+        row = [large(picture)]
         for task in TASKS:
             painted, seconds = drawn(model, picture, task)
-            panels.append(Panel(painted, task))
+            row.append(painted)
             times.append(seconds)
-    save_panels(panels, folder / "oneformer.png")
+        rows.append(row)
+    save_sheet(rows, ("a made scene", *TASKS), folder / "oneformer.png")
     return Outcome(
         folder / "oneformer.png",
         number=100 * measured(model, data),
@@ -73,6 +74,20 @@ def large(picture: Image) -> Image:
     (6, 9, 3)
     """
     return picture.repeat(LARGER, 0).repeat(LARGER, 1)
+
+
+def save_sheet(rows: Sequence[Sequence[Image]], captions: Sequence[str], path: Path) -> None:
+    """Write pictures of one size side by side, with a caption over each column."""
+    from PIL import ImageDraw, ImageFont
+
+    framed = [[np.pad(one, ((4, 4), (4, 4), (0, 0)), constant_values=255) for one in row] for row in rows]
+    pixels = np.concatenate([np.concatenate(row, 1) for row in framed])
+    pixels = np.pad(pixels, ((24, 0), (0, 0), (0, 0)), constant_values=255)
+    canvas = pillow().fromarray(pixels)
+    draw, width = ImageDraw.Draw(canvas), pixels.shape[1] // len(captions)
+    for column, caption in enumerate(captions):
+        draw.text((column * width + 6, 4), caption, font=ImageFont.load_default(16), fill=(0, 0, 0))
+    canvas.save(path)
 
 
 def measured(model: Segmenter, data: SceneDataset) -> float:
