@@ -75,8 +75,11 @@ def test_the_command_prints_it(run, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for words in (f"features: {Brightness.name}", "pictures: 8 real, 8 generated", "Fréchet distance: ", "recall: "):
         assert words in printed
+    assert main(["evaluate", str(run), "--count", "8", "--json", "--split", "train"]) == 0
+    trained_on = json.loads(capsys.readouterr().out)
     assert main(["evaluate", str(run), "--count", "8", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
+    assert answer["frechet"] != trained_on["frechet"], "the splits hold other pictures"
     assert answer["recipe"] == "stylenat_fashion_mnist"
     assert answer["extractor"] == Brightness.name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,17 @@ def test_a_mistake_gets_one_sentence(weights, tmp_path, capsys, monkeypatch, arg
     assert printed.out == ""
     assert any(one in printed.err for one in words.split("|"))
     assert printed.err.count("\n") == 1
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "it left something behind"
+    assert list(tmp_path.iterdir()) == [], "it left something behind"
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "PIL"])
+def test_a_missing_package_is_named_before_anything_is_made(weights, tmp_path, capsys, monkeypatch, package):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run("--weights", weights, "--attention", tmp_path / "new" / "heads.png") == BAD_REQUEST
+    assert f"needs {package}, which is not here: pip install vicinal[plot]" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_gets_one_sentence(weights, tmp_path, capsys, monkeypatch):

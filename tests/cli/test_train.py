@@ -35,6 +35,14 @@ def test_train_leaves_a_run_folder(run_folder):
     assert json.loads((run_folder / "recipe.json").read_text())["loop"]["epochs"] == 1
 
 
+def test_changes_may_follow_options(tmp_path, capsys):
+    assert main(["train", "digits", "--out", str(tmp_path / "never"), "loop.epochs=7", "--show"]) == 0
+    assert json.loads(capsys.readouterr().out)["loop"]["epochs"] == 7
+    with pytest.raises(SystemExit):
+        main(["train", "digits", "--out", str(tmp_path / "never"), "--shwo", "loop.epochs=7"])
+    assert "unrecognized arguments: --shwo;" in capsys.readouterr().err
+
+
 def test_train_in_a_pipe_is_plain_lines(run_folder, tmp_path, capsys):
     assert main(["train", "digits", *QUICK, "loop.pictures=false", "--out", str(tmp_path / "a")]) == 0
     out, err = capsys.readouterr()

@@ -10,6 +10,7 @@ from pathlib import Path
 from vicinal.cli.counting import counting
 from vicinal.cli.distance import print_comparison
 from vicinal.cli.terminal import console
+from vicinal.data.dataset import Split
 from vicinal.tasks.adversarial import Adversarial
 from vicinal.tasks.image_distance import open_extractor
 from vicinal.training import trained
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     if recipe is not None and isinstance(recipe.task, Adversarial):
         _run_generator(options, override(recipe, options.changes))
         return
-    for name in ("inception", "size", "count"):
+    for name in ("inception", "size", "count", "split"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is for generators, and {path} is of none")
     model = trained.load(options.model)
@@ -46,8 +47,9 @@ def _run_generator(options: argparse.Namespace, recipe: Recipe) -> None:
     extractor = open_extractor(options.inception, options.size)
     generator = open_generator(options.model)
     count = COUNT if options.count is None else options.count
+    split: Split = "test" if options.split is None else options.split
     with counting(2 * count, "pictures", quiet=options.json) as announce:
-        found = measure(generator, extractor, recipe, count=count, announce=announce)
+        found = measure(generator, extractor, recipe, count=count, split=split, announce=announce)
     if options.json:
         plain = {"model": generator.weights, "recipe": recipe.name, **dataclasses.asdict(found)}
         print(json.dumps(plain, indent=2))

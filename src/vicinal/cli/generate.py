@@ -19,6 +19,7 @@ from vicinal.models.registry import config_of
 from vicinal.recipes.shipped import shipped_generator
 from vicinal.tasks.head_maps import group_panels
 from vicinal.tasks.sampling import Sampler, checked, latents_of
+from vicinal.tour.extras import require
 from vicinal.training.drawing import save_panels
 from vicinal.training.generator import Generator, open_generator
 from vicinal.training.written import override
@@ -35,6 +36,8 @@ def run(options: argparse.Namespace) -> None:
     places = _places(options)
     generator = _generator(options)
     sampler = Sampler(generator.model, options.truncation, options.batch_size)
+    for kind, place in places.items():
+        (place if kind == "folder" else place.parent).mkdir(parents=True, exist_ok=True)
     zoom = options.zoom or max(1, VISIBLE // generator.model.image_size)
     frames = round(len(seeds) * options.seconds * options.fps) if "film" in places else 0
     wanted = len(seeds) if {"folder", "sheet"} & set(places) else 0
@@ -70,6 +73,9 @@ def _places(options: argparse.Namespace) -> dict[str, Path]:
     for kind in ("sheet", "heads"):
         if kind in places and places[kind].suffix.lower() != ".png":
             raise ValueError(f"pictures end in .png, got {places[kind].name!r}")
+    require("PIL", "plot", "writing pictures")
+    if "heads" in places:
+        require("matplotlib", "plot", "--attention")
     if "film" in places:
         check_film(places["film"])
         if not 0 < options.seconds <= 60 or not 1 <= options.fps <= 120:
@@ -80,8 +86,6 @@ def _places(options: argparse.Namespace) -> dict[str, Path]:
         raise ValueError(f"--zoom must be at least 1, got {options.zoom}")
     if options.columns is not None and options.columns < 1:
         raise ValueError(f"--columns must be at least 1, got {options.columns}")
-    for kind, place in places.items():
-        (place if kind == "folder" else place.parent).mkdir(parents=True, exist_ok=True)
     return places
 
 

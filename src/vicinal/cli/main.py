@@ -33,6 +33,15 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong and where to read how it is done; exit with code 2."""
         self.exit(BAD_REQUEST, f"{self.prog}: {message}; see {self.prog} --help\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse does it, but KEY=VALUE may also follow an option, where argparse takes no more of a list."""
+        options, rest = super().parse_known_args(args, namespace)
+        changes = [word for word in rest if "=" in word and not word.startswith("-")]
+        if changes and isinstance(getattr(options, "changes", None), list):
+            options.changes += changes
+            rest = [word for word in rest if word not in changes]
+        return options, rest
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `vicinal` command; returns its exit code."""
@@ -231,6 +240,7 @@ def _add_trained(commands: Any) -> None:
     )
     of.add_argument("--size", type=int, metavar="N", help="pixels a side that EfficientNet-Lite0 looks at (224)")
     of.add_argument("--count", type=int, metavar="N", help="pictures, and as many real ones (10000)")
+    of.add_argument("--split", choices=("test", "train"), help="where the real ones are from (test)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON and nothing else")
     parser = _add(commands, "predict", "what a trained model takes pictures for", predict)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, or folders of them")

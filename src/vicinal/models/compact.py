@@ -17,6 +17,7 @@ from vicinal.layers.block import Block, drop_rates
 from vicinal.layers.convolution import Depthwise, PoolingDifference
 from vicinal.layers.initialization import initialize, truncated
 from vicinal.layers.mlp import Mlp
+from vicinal.layers.norm import GridBatchNorm
 from vicinal.layers.pyramid import Head, Pyramid, Stage
 from vicinal.layers.tokens import ConvPatches
 from vicinal.layers.words import near, window
@@ -31,7 +32,8 @@ class CompactConfig:
 
     `kernel_size` is the neighborhood, the window or the convolution; HiLo's windows are always 2 wide, pooling's
     always 3. Heads have 16 channels. `value_kernel` adds a depthwise convolution of the values to what neighborhood and
-    window attention give, as CSWin does; 0 adds none.
+    window attention give, as CSWin does; 0 adds none. `conv_stem` makes the first map by three convolutions with batch
+    norm and ReLU instead of two with a layer norm, and batch norm for the halvings: it learns faster from few epochs.
     """
 
     mixer: Mixer = "dinat"
@@ -39,6 +41,7 @@ class CompactConfig:
     depths: tuple[int, ...] = (2, 3)
     kernel_size: int = 7
     value_kernel: int = 0
+    conv_stem: bool = False
     mlp_ratio: float = 2.0
     drop_path_rate: float = 0.0
     num_classes: int = 10
@@ -69,12 +72,9 @@ def build(config: CompactConfig) -> Pyramid:
             )
             for layer in range(depth)
         ]
-        stages.append(Stage(blocks, dim=dim, downsample=_half(dim // 2, dim) if level else None))
-    stem = nn.Sequential(
-        ConvPatches(config.in_channels, config.dim // 2, kernel_size=3, stride=1, padding=1),
-        nn.GELU(),
-        _half(config.dim // 2, config.dim),
-    )
+        half = _normed if config.conv_stem else _half
+        stages.append(Stage(blocks, dim=dim, downsample=half(dim // 2, dim) if level else None))
+    stem = _stem(config)
     head = Head(stages[-1].dim, config.num_classes)
     model = Pyramid(stem, stages, head, stem_stride=2, in_channels=config.in_channels)
     # linear layers keep torch's draw: the usual deviation of 0.02 is for wide models, and starves ones this narrow
@@ -82,8 +82,21 @@ def build(config: CompactConfig) -> Pyramid:
     return model
 
 
+def _stem(config: CompactConfig) -> nn.Module:
+    dim, channels = config.dim, config.in_channels
+    if config.conv_stem:
+        return nn.Sequential(_normed(channels, dim, stride=1), _normed(dim, 2 * dim), _normed(2 * dim, dim, stride=1))
+    whole = ConvPatches(channels, dim // 2, kernel_size=3, stride=1, padding=1)
+    return nn.Sequential(whole, nn.GELU(), _half(dim // 2, dim))
+
+
 def _half(in_dim: int, dim: int) -> ConvPatches:
     return ConvPatches(in_dim, dim, kernel_size=3, stride=2, padding=1, bias=False, norm_after=nn.LayerNorm)
+
+
+def _normed(in_dim: int, dim: int, stride: int = 2) -> nn.Module:
+    conv = ConvPatches(in_dim, dim, kernel_size=3, stride=stride, padding=1, bias=False, norm_after=GridBatchNorm)
+    return nn.Sequential(conv, nn.ReLU())
 
 
 def _mixer(config: CompactConfig, dim: int, layer: int) -> nn.Module:

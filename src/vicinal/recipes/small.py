@@ -11,7 +11,7 @@ from vicinal.tasks.classification import Classification
 from vicinal.training.recipe import AdamW, Cosine, Loop, Recipe
 
 COMPACT = CompactConfig("dinat", dim=32, depths=(2, 2, 1), kernel_size=3)
-"""14x14, 7x7 and 4x4 tokens; the dilated layers of the first two see the whole map, three keys an axis at a time."""
+"""14x14, 7x7 and 4x4 tokens; every second layer of a stage is dilated to see the whole map, three keys an axis."""
 
 
 def digits() -> Recipe:
@@ -42,12 +42,12 @@ def dinat_fashion_mnist() -> Recipe:
         name="dinat_fashion_mnist",
         status="run: see docs/training.md",
         data=FashionMnist(),
-        task=Classification(replace(COMPACT, value_kernel=3), label_smoothing=0.05),
+        task=Classification(replace(COMPACT, depths=(1, 2, 1), value_kernel=3, conv_stem=True), label_smoothing=0.05),
         train_steps=(Flip(), Shift(1)),
         optimizers={"main": AdamW(learning_rate=4e-3)},
         schedule=Cosine(warmup=0.5),
         loop=Loop(
-            epochs=8,
+            epochs=12,
             batch_size=128,
             precision="bfloat16",
             clip_norm=5.0,

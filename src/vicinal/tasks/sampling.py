@@ -72,7 +72,7 @@ class Sampler:
         return self.pictures / self.seconds if self.seconds else 0.0
 
     def draw(self, seeds: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Each seed with its picture uint8 `[channels, height, width]`, in the order of the seeds."""
+        """Each seed with its picture uint8 `[channels, height, width]`, block by block."""
         assert self.batch_size is not None
         size = self.batch_size
         blocks: dict[int, list[int]] = {}
@@ -94,7 +94,9 @@ class Sampler:
     @torch.no_grad()
     def mapped(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `[batch, latent]` as the model's blocks take them, truncated where that is asked for."""
+        start = time.perf_counter()
         mapped = self.model.mapping(latents.to(self.model.constant))
+        self.seconds += time.perf_counter() - start
         if self.truncation == 1.0:
             return mapped
         if self._mean is None:
