@@ -94,7 +94,7 @@ def stylenat_fashion_mnist() -> Recipe:
         optimizers={"discriminator": lazy(_adam(1e-3), 16), "generator": _adam(1e-3)},
         schedule=Held(0.6),
         loop=Loop(
-            epochs=0.6,
+            epochs=0.5,
             batch_size=16,
             clip_norm=5.0,
             ema_decay=0.995,
