@@ -58,6 +58,15 @@ def test_changes_reach_every_depth():
         ("loop.epochs=-1", r"loop\.epochs must be above 0"),
         ("loop.ema_decay=1.5", "ema_decay"),
         ("optimizers.min.learning_rate=1", r"did you mean optimizers\.main"),
+        ("optimizers.min=3", r"did you mean optimizers\.main"),
+        ("optimizers.main=3", r"optimizers\.main has parts \(learning_rate"),
+        ("optimizers.main.learning_rate=-1", "learning_rate must be at least 0"),
+        ("optimizers.main.betas=0.9", "betas must be two numbers"),
+        ("optimizers.main.betas=2,3", "betas must be two numbers"),
+        ("loop.epochs=1e400", r"loop\.epochs must be above 0 and finite"),
+        ("loop.seed=-1", r"loop\.seed must be in 0"),
+        ("loop.workers=-1", r"loop\.workers must be at least 0"),
+        ("loop.threads=-1", r"loop\.threads must be at least 0"),
     ],
 )
 def test_wrong_changes_are_refused(change, words):

@@ -27,7 +27,7 @@ def figure(columns: float, rows: float) -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise NothingToDrawWith(
-            "no pictures are drawn, because matplotlib is not here: pip install vicinal[train]"
+            "no pictures are drawn, because matplotlib is not here: pip install vicinal[plot]"
         ) from None
     made = Figure(figsize=(columns, rows), dpi=100)
     FigureCanvasAgg(made)

@@ -82,6 +82,8 @@ def evaluate(trained: Trained, changes: Recipe | None = None, *, batch_size: int
 
 def predict(trained: Trained, images: Sequence[Image], names: Sequence[str] = (), k: int = 3) -> list[Prediction]:
     """The `k` best classes of each picture uint8 `[height, width, channels]`."""
+    if k < 1:
+        raise ValueError(f"k, the number of classes to name, must be at least 1, got {k}")
     found = []
     names = names or [str(number) for number in range(len(images))]
     for name, image in zip(names, images, strict=True):
