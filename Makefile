@@ -21,7 +21,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow sanitize valgrind lint format types bench clean
+.PHONY: help demo test test-slow sanitize valgrind lint format types bench bench-gpu clean
 
 help:  ## this list
 	@echo "Vicinal: make <target>"
@@ -78,6 +78,9 @@ types: .venv/.with-lint  ## type-check the package
 
 bench: .venv/.with-test .venv/.library  ## measure this machine; prints the table
 	$(BIN)/python -m vicinal.measure
+
+bench-gpu: .venv/.with-test .venv/.library  ## measure a GPU against dense kernels and others' sparse ones; ARGS="video --resume"
+	$(BIN)/python -m vicinal.measure gpu $(ARGS)
 
 clean:  ## remove caches, builds, runs and the demo; .venv stays
 	rm -rf build dist demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

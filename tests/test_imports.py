@@ -66,6 +66,7 @@ EXPECTED = [
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "Same",
+    "Simulation",
     "Union",
     "Window",
     "__version__",
@@ -83,6 +84,7 @@ EXPECTED = [
     "na2d",
     "na3d",
     "pattern",
+    "simulate",
     "union",
 ]
 """The public surface. Adding a name here is a decision; taking one away breaks somebody's code."""

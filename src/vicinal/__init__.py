@@ -16,6 +16,7 @@ from vicinal.layers.neighborhood import (
 from vicinal.ops import (
     BackendRefused,
     Explanation,
+    Simulation,
     apply_scores,
     attention,
     attention_scores,
@@ -24,6 +25,7 @@ from vicinal.ops import (
     na1d,
     na2d,
     na3d,
+    simulate,
 )
 from vicinal.pattern import (
     AxisKind,
@@ -60,6 +62,7 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "Same",
+    "Simulation",
     "Union",
     "Window",
     "__version__",
@@ -77,6 +80,7 @@ __all__ = [
     "na2d",
     "na3d",
     "pattern",
+    "simulate",
     "union",
 ]
 

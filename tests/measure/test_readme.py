@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,20 @@ from vicinal.measure import readme
 from vicinal.measure.report import Entry, Report, Row
 
 ROOT = Path(__file__).parents[2]
+MODELS = {
+    "created": "2030-01-02T03:04:05+00:00",
+    "machine": {"cpu": "a processor", "threads": 2, "torch": "2.13.0"},
+    "rows": [
+        {
+            "kind": "inference",
+            "batch": 8,
+            "median_ms": {"swin_tiny": 50.0, "nat_tiny": 60.0, "timm swin_tiny": 75.0},
+            "swin_tiny_faster_than": {"timm swin_tiny": 1.5},
+            "per_multiply_add_vs_our_swin": {"nat_tiny": 0.8},
+        }
+    ],
+    "shares": {"swin_tiny": {"matrix products": 0.75, "the rest": 0.25}},
+}
 
 
 def test_the_readme_shows_the_results_that_lie_in_the_repository():
@@ -34,6 +49,7 @@ def root(tmp_path: Path) -> Path:
         rows=[row],
     )
     report.save(tmp_path / readme.RESULTS)
+    (tmp_path / readme.MODEL_RESULTS).write_text(json.dumps(MODELS))
     (tmp_path / "README.md").write_text(f"# Before\n\n{readme.generated(tmp_path)}\n\nafter\n")
     return tmp_path
 
@@ -42,7 +58,9 @@ def test_the_table_shows_time_share_and_ratios(root: Path):
     text = readme.generated(root)
     assert "| nat-56x56 (1x56x56 H2 D32, Near(7)) | 2.00 | 25% | 20x | 1.50x |" in text
     assert "FlexAttention" not in text  # it was not run
-    assert "a processor, 2 threads, float32 GEMM 200 GFLOP/s, torch 2.13.0, 2030-01-02" in text
+    assert "a processor, 2 threads, torch 2.13.0, float32 GEMM 200 GFLOP/s, 2030-01-02" in text
+    assert "| inference, batch 8 | 50.0 | 1.50x | 60.0 (0.80) |" in text
+    assert "matrix products 75%, the rest 25%" in text
 
 
 def test_an_out_of_date_readme_is_found_and_repaired(root: Path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .published import Entry, convolution, linear, vectors
 
@@ -20,7 +20,7 @@ def batch_norm(name: str, dim: int) -> Iterator[Entry]:
     yield f"{name}.num_batches_tracked", ()
 
 
-def patches(dims: tuple[int, ...]) -> Iterator[Entry]:
+def patches(dims: Sequence[int]) -> Iterator[Entry]:
     """Stem, downsamplers, norm and head of ConvNeXt and HorNet."""
     yield from convolution("downsample_layers.0.0", dims[0], 3, 4)
     yield from vectors("downsample_layers.0.1", dims[0])
@@ -31,10 +31,9 @@ def patches(dims: tuple[int, ...]) -> Iterator[Entry]:
     yield from linear("head", 1000, dims[3])
 
 
-def convnext() -> Iterator[Entry]:
-    dims = (96, 192, 384, 768)
+def convnext(depths: Sequence[int] = (3, 3, 9, 3), dims: Sequence[int] = (96, 192, 384, 768)) -> Iterator[Entry]:
     yield from patches(dims)
-    for level, depth in enumerate((3, 3, 9, 3)):
+    for level, depth in enumerate(depths):
         for index in range(depth):
             name, dim = f"stages.{level}.{index}", dims[level]
             yield f"{name}.gamma", (dim,)

@@ -13,7 +13,7 @@ from vicinal.layers.pyramid import Features, Pyramid
 from vicinal.layers.tags import parameter_groups, parameter_tags
 from vicinal.models import registry
 
-NAMES = registry.list_models()
+NAMES = sorted(registry.classifiers())
 ONE_PER_FAMILY = sorted({registry.families()[name].build: name for name in reversed(NAMES)}.values())
 ODD = (75, 109)
 

@@ -142,7 +142,9 @@ def _names() -> list[str]:
     """What timm lacks: names it has no model for, of families it has under no other name either."""
     there = ("swin_", "convnext_", "poolformer_", "maxvit_", "davit_", "focalnet_")
     beside = ("pvt_",)  # its class token is no part of a feature map
-    return [name for name in registry.list_models() if not name.startswith(there + beside) and not is_model(name)]
+    return [
+        name for name in sorted(registry.classifiers()) if not name.startswith(there + beside) and not is_model(name)
+    ]
 
 
 def _entry(variant: str) -> Callable[..., nn.Module]:

@@ -95,6 +95,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"vicinal {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     _add_explain(commands)
+    _add_simulate(commands)
     _add_show(commands)
     _add_tour(commands)
     _add_weights(commands)
@@ -148,6 +149,30 @@ def _add_explain(commands: Any) -> None:
     where.add_argument("--device", default="cpu", help="cpu, cuda, ...; this machine need not have it")
     where.add_argument("--backend", help="ask for one by name instead of the automatic choice")
     where.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+def _add_simulate(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import simulate
+
+        simulate.run(options)
+
+    summary = "how much faster than dense attention a pattern can be on a kernel that works in tiles"
+    parser = _add(commands, "simulate", summary, run, PATTERN_HELP)
+    parser.add_argument("--grid", type=int, nargs="+", required=True, metavar="N", help="of the tokens, 1 to 3 axes")
+    parser.add_argument("--pattern", help="a pattern, see below; or give --window")
+    parser.add_argument("--window", type=int, nargs="+", metavar="K", help="kernel size per axis; -1: the whole axis")
+    parser.add_argument("--stride", type=int, nargs="+", metavar="S", help="with --window; 1 by default")
+    parser.add_argument("--dilation", type=int, nargs="+", metavar="D", help="with --window; 1 by default")
+    parser.add_argument("--query-tile", type=int, nargs="+", required=True, metavar="T", help="queries of a tile")
+    parser.add_argument("--key-tile", type=int, nargs="+", required=True, metavar="T", help="keys of a tile")
+    parser.add_argument(
+        "--attention-share", type=float, metavar="P", help="part of a model's time that dense attention takes, 0 to 1"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="also find the best strides and tiles (of as many tokens) for the window"
+    )
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
 
 
 def _add_show(commands: Any) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from vicinal.cli.terminal import console
-from vicinal.models.checkpoint import Checkpoint, read
-from vicinal.models.registry import Candidate, identify
+from vicinal.models.checkpoint import Checkpoint, read, unwrap
+from vicinal.models.registry import Candidate, holds_segmenter, identify
 
 SHOWN = 3
 """How many of the nearest models are shown where none fits."""
@@ -18,7 +18,10 @@ SHOWN = 3
 
 def run(options: argparse.Namespace) -> None:
     """Answer the command."""
-    checkpoint = read(options.file)
+    checkpoint = read(options.file, is_whole=True)
+    if not holds_segmenter(checkpoint.state):  # whatever else has a backbone is known by it
+        inner = unwrap(checkpoint.state)
+        checkpoint = Checkpoint(inner.state, checkpoint.wrappers + inner.wrappers)
     candidates = identify(checkpoint.state)
     fitting = [candidate for candidate in candidates if not candidate.problems]
     if options.json:

@@ -25,5 +25,6 @@ from vicinal.layers.neighborhood import (
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+from vicinal.layers.tile_ordered import TileOrdered
 
-__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
+__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "TileOrdered"]

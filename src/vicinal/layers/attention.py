@@ -11,9 +11,12 @@ from torch import nn
 
 from vicinal.layers.rotary import Rotary
 from vicinal.layers.tags import POSITION_BIAS, tag
+from vicinal.layers.tile_place import TilePlace
 from vicinal.layers.words import AnyPattern, at, padded, table_shapes, window_area
 from vicinal.ops.api import attention
+from vicinal.ops.ordered import attention_in_order
 from vicinal.ops.side_by_side import unpack
+from vicinal.ops.tile_order import TileOrder
 from vicinal.pattern.compose import Heads, Pattern, pattern_parts, split_heads
 from vicinal.pattern.counting import count
 
@@ -75,6 +78,7 @@ class PatternAttention(nn.Module):
         self.rotary = Rotary(self.head_dim, rank) if rotary else None
         self.value_mixer = value_mixer
         self.proj = nn.Linear(out_dim, out_dim)
+        self.place = TilePlace()
         self.rpb: nn.Parameter | nn.ParameterList | None = None
         if rel_pos_bias:
             self.rpb = self._tables(rank, table_grid)
@@ -99,21 +103,43 @@ class PatternAttention(nn.Module):
         return several
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`."""
+        """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`; in `TileOrdered` the grid is one axis of positions."""
+        if self.place.order is not None:
+            return self._in_order(inputs, self.place.order)
         grid = tuple(inputs.shape[1:-1])
         pattern = at(self.pattern, grid)
         if self.pad_mode == "legacy":
             inputs = pad_grid(inputs, padded(pattern, grid))
-        query, key, value = unpack(self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim)))
-        if self.norm_q is not None and self.norm_k is not None:
-            query, key = self.norm_q(query), self.norm_k(key)
-        if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
+        query, key, value = self._project(inputs, None)
         bias = self._bias(pattern, tuple(inputs.shape[1:-1]))
         out = attention(query, key, value, pattern, bias=bias, backend=self.backend).flatten(-2)
         if self.value_mixer is not None:
             out = out + self.value_mixer(value.flatten(-2))
         out = crop_grid(out, grid)
+        result: torch.Tensor = self.proj(out)
+        return result
+
+    def _project(
+        self, inputs: torch.Tensor, angles: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, `[..., heads, head_dim]` each, normed and turned."""
+        query, key, value = unpack(self.qkv(inputs).unflatten(-1, (3, self.num_heads, self.head_dim)))
+        if self.norm_q is not None and self.norm_k is not None:
+            query, key = self.norm_q(query), self.norm_k(key)
+        if self.rotary is not None:
+            query, key = self.rotary(query, angles), self.rotary(key, angles)
+        return query, key, value
+
+    def _in_order(self, inputs: torch.Tensor, order: TileOrder) -> torch.Tensor:
+        """The same for tokens in tile order, `[batch, positions, dim]`."""
+        pattern = at(self.pattern, order.grid)
+        if self.pad_mode == "legacy" and padded(pattern, order.grid) != order.grid:
+            raise ValueError(f'pad_mode="legacy" would pad the grid {order.grid}, which tokens in tile order cannot be')
+        query, key, value = self._project(inputs, self.place.angles(self.rotary, inputs))
+        bias = self._bias(pattern, order.grid)
+        out = attention_in_order(query, key, value, pattern, order, bias=bias, backend=self.backend).flatten(-2)
+        if self.value_mixer is not None:
+            out = out + order.enter(self.value_mixer(order.leave(value.flatten(-2))))
         result: torch.Tensor = self.proj(out)
         return result
 

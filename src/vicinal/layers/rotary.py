@@ -35,9 +35,11 @@ class Rotary(nn.Module):
             parts.append(turned.reshape(shape).expand(*grid, share))
         return torch.cat(parts, -1)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The same shape, turned."""
-        angles = self.angles(tuple(inputs.shape[1:-2]), inputs).unsqueeze(-2)
+    def forward(self, inputs: torch.Tensor, angles: torch.Tensor | None = None) -> torch.Tensor:
+        """The same shape, turned; by these angles `[*grid, head_dim / 2]` where tokens are not in the grid's order."""
+        if angles is None:
+            angles = self.angles(tuple(inputs.shape[1:-2]), inputs)
+        angles = angles.unsqueeze(-2)
         cosine, sine = angles.cos().to(inputs.dtype), angles.sin().to(inputs.dtype)
         first, second = inputs.chunk(2, -1)
         return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)

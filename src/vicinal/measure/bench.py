@@ -85,19 +85,19 @@ def run(settings: Settings, path: pathlib.Path | None, progress: Progress) -> Re
 def measure(task: Task, gate: Gate, settings: Settings, peaks: dict[str, Any], progress: Progress) -> Row:
     """One row: prepare, check and time all contenders."""
     turned_away: dict[str, Entry] = {}
-    ready: dict[str, _Checked] = {}
+    ready: dict[str, Checked] = {}
     for name, make in contenders(settings.backends, settings.peers).items():
         progress.doing(name)
         is_ours = name in settings.backends
         try:
-            found, reason = _checked(task, gate, make)
+            found, reason = checked_candidates(task, gate, make)
         except NotRun as refusal:
             turned_away[name] = Entry(name, is_ours, reason=f"not run: {refusal}")
             continue
         if reason or not found:
             turned_away[name] = Entry(name, is_ours, reason=f"wrong: {reason}")
             continue
-        ready[name] = _fastest(task, found, settings.seconds * TRIAL_SHARE)
+        ready[name] = fastest(task, found, settings.seconds * TRIAL_SHARE)
     progress.doing("timing")
     calls = {name: task.runner(checked.prepared) for name, checked in ready.items()}
     timings = compare(calls, seconds=settings.seconds, device=task.device)
@@ -143,7 +143,7 @@ def _ours(backend: str) -> Callable[[Task], list[Prepared]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Checked:
+class Checked:
     """A candidate whose answer is right: its error as a share of what is allowed, and how long that answer took."""
 
     prepared: Prepared
@@ -151,7 +151,7 @@ class _Checked:
     seconds: float
 
 
-def _checked(task: Task, gate: Gate, make: Callable[[Task], list[Prepared]]) -> tuple[list[_Checked], str]:
+def checked_candidates(task: Task, gate: Gate, make: Callable[[Task], list[Prepared]]) -> tuple[list[Checked], str]:
     """A contender's candidates that are right; and what is wrong with the last that is not."""
     right, reason = [], ""
     try:
@@ -161,7 +161,7 @@ def _checked(task: Task, gate: Gate, make: Callable[[Task], list[Prepared]]) -> 
             seconds = time.perf_counter() - begin
             verdict = gate.check(answer)
             if verdict.is_right:
-                right.append(_Checked(prepared, verdict.worst, seconds))
+                right.append(Checked(prepared, verdict.worst, seconds))
             else:
                 reason = f"{prepared.detail} {verdict.reason}".strip()
     except BackendRefused as refusal:
@@ -169,7 +169,7 @@ def _checked(task: Task, gate: Gate, make: Callable[[Task], list[Prepared]]) -> 
     return right, reason
 
 
-def _fastest(task: Task, found: list[_Checked], seconds: float) -> _Checked:
+def fastest(task: Task, found: list[Checked], seconds: float) -> Checked:
     """The fastest of a contender's candidates: by its best round in a trial, or where calls are slow, by its check."""
     if sum(candidate.seconds for candidate in found) > max(10 * seconds, 10.0):
         return min(found, key=lambda candidate: candidate.seconds)
@@ -183,7 +183,7 @@ def _fastest(task: Task, found: list[_Checked], seconds: float) -> _Checked:
 def _entry(
     name: str,
     is_ours: bool,
-    checked: _Checked,
+    checked: Checked,
     timing: Timing,
     flops: int,
     gemm: float | None,

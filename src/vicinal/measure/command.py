@@ -1,4 +1,4 @@
-"""The command: `python -m vicinal.measure [problems ...]`, `... growth` and `... readme`."""
+"""The command: `python -m vicinal.measure [problems ...]`, `... growth`, `... gpu` and `... readme`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Literal
 
 import torch
 
-from vicinal.measure import bench, growth, readme
+from vicinal.measure import bench, gpu, growth, readme
+from vicinal.measure.gpu_problems import find_gpu
 from vicinal.measure.peers import PEERS
 from vicinal.measure.problems import find
-from vicinal.measure.progress import shown
+from vicinal.measure.progress import Lines, shown
 from vicinal.measure.report import Report, markdown, not_timed, table, wrong
 from vicinal.ops.backend import known
 
@@ -65,6 +66,26 @@ class GrowthOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class GpuOptions:
+    """Measure our back ends on a GPU against dense kernels, FlexAttention and others' sparse kernels."""
+
+    problems: tuple[str, ...] = ("all",)
+    """Groups (maps, sequence, images, video, all) or problems."""
+    backends: tuple[str, ...] = ("triton", "flex")
+    """Our back ends; those that this version lacks are left out."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision."""
+    directions: tuple[Direction, ...] = ("forward", "forward+backward")
+    """Forward alone, or with the backward."""
+    seconds: float = 2.0
+    """Time that one row's timing may take; preparing, compiling and checking come on top."""
+    resume: bool = False
+    """Keep the rows that the JSON has from this GPU and this torch, and measure the others."""
+    output: pathlib.Path = RESULTS / "gpu.json"
+    """The JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ReadmeOptions:
     """Write the README's table of times anew from the results."""
 
@@ -84,16 +105,17 @@ def main(arguments: Sequence[str]) -> int:
             return _readme(tyro.cli(ReadmeOptions, args=given[1:], prog="python -m vicinal.measure readme"))
         if given[:1] == ["growth"]:
             return _growth(tyro.cli(GrowthOptions, args=given[1:], prog="python -m vicinal.measure growth"))
-        # names may simply come first: `quick --seconds 2`
-        names = 0
-        while names < len(given) and not given[names].startswith("-"):
-            names += 1
-        if names:
-            given = ["--problems", *given]
-        return measure(tyro.cli(Options, args=given, prog="python -m vicinal.measure"))
-    except (ValueError, FileNotFoundError) as error:
+        if given[:1] == ["gpu"]:
+            return _gpu(tyro.cli(GpuOptions, args=_named(given[1:]), prog="python -m vicinal.measure gpu"))
+        return measure(tyro.cli(Options, args=_named(given), prog="python -m vicinal.measure"))
+    except (ValueError, FileNotFoundError, gpu.NoGpu) as error:
         print(f"python -m vicinal.measure: {error}", file=sys.stderr)
         return 2
+
+
+def _named(given: list[str]) -> list[str]:
+    """The arguments with `--problems` before names that simply come first: `quick --seconds 2`."""
+    return ["--problems", *given] if given and not given[0].startswith("-") else given
 
 
 def measure(options: Options) -> int:
@@ -112,8 +134,8 @@ def _settings(options: Options) -> bench.Settings:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for name in options.backends:
-        if name not in known():
-            raise ValueError(f"--backends: {name!r} is none of {', '.join(known())}")
+        if name not in known(with_engines=True):
+            raise ValueError(f"--backends: {name!r} is none of {', '.join(known(with_engines=True))}")
     peers = () if options.peers == ("none",) else options.peers
     for name in peers:
         if name not in PEERS:
@@ -176,6 +198,28 @@ def _growth(options: GrowthOptions) -> int:
                 progress.say("no plot: matplotlib is not installed (pip install 'vicinal[plot]')")
     print(f"saved in {options.output}")
     return 0
+
+
+def _gpu(options: GpuOptions) -> int:
+    gpu.check_device("cuda")
+    backends = gpu.available(options.backends)
+    settings = gpu.Settings(
+        problems=find_gpu(options.problems),
+        backends=backends,
+        dense=tuple(name for name in backends if name == "triton"),
+        dtype=getattr(torch, options.dtype),
+        backwards=tuple(name == "forward+backward" for name in options.directions),
+        seconds=options.seconds,
+    )
+    with Lines() as lines:
+        found = gpu.run(settings, options.output, lines.say, resume=options.resume)
+    for direction in options.directions:
+        print(f"\n{direction}, {options.dtype}\n\n{markdown(gpu.table(found, direction))}")
+    print(f"\nsaved as {options.output}")
+    failed = gpu.failures(found)
+    if failed:
+        print("\nOURS FAILED:", *(f"  {line}" for line in failed), sep="\n")
+    return 1 if failed else 0
 
 
 def _readme(options: ReadmeOptions) -> int:

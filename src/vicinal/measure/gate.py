@@ -129,7 +129,7 @@ def _samples(task: Task) -> Iterator[_Sample]:
             keys = everything[:0]
             if task.backward:
                 wanted = np.roll(np.concatenate([ends, generator.choice(problem.tokens, 16)]), -number)
-                keys, seers = _keys_and_seers(_member(task), wanted, most // 2, is_needed=number == 0)
+                keys, seers = _keys_and_seers(_member(task, head), wanted, most // 2, is_needed=number == 0)
                 queries = np.union1d(queries, seers)
         yield _Sample(batch, head, torch.from_numpy(queries), torch.from_numpy(keys))
 
@@ -150,8 +150,11 @@ def _keys_and_seers(member: Member, wanted: np.ndarray, most: int, *, is_needed:
     return np.array(sorted(set(keys)), dtype=np.int64), np.flatnonzero(seers)
 
 
-def _member(task: Task) -> Member:
-    return bounds(task.problem.pattern, task.problem.grid).groups[0].members[0]
+def _member(task: Task, head: int) -> Member:
+    """The tables of one head; the problems measured here have no union."""
+    table = bounds(task.problem.pattern, task.problem.grid)
+    ends = np.cumsum(table.split(task.problem.heads))
+    return table.groups[int(np.searchsorted(ends, head, "right"))].members[0]
 
 
 def _seen(member: Member, queries: np.ndarray | None, keys: np.ndarray | None) -> np.ndarray:
@@ -177,7 +180,7 @@ def _dense(task: Task, sample: _Sample, dtype: torch.dtype) -> Tensors:
         for tensor in (task.query, task.key, task.value, task.grad_out)
     )
     key, value = key.clone().requires_grad_(task.backward), value.clone().requires_grad_(task.backward)
-    member, scale = _member(task), task.problem.head_dim**-0.5
+    member, scale = _member(task, sample.head), task.problem.head_dim**-0.5
     parts: list[Tensors] = []
     sums = [torch.zeros_like(key, dtype=torch.float64) for _ in range(2)]
     for places in sample.queries.split(max(1, CHUNK_SCORES // task.problem.tokens)):

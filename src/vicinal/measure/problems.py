@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from vicinal.pattern import AxisKind, Near, Window, count
+from vicinal.pattern import AxisKind, Heads, Near, Window, count
 from vicinal.pattern.counting import attention_flops
 
 GROUPS = ("quick", "default", "large")
@@ -22,7 +22,7 @@ class Problem:
     """
 
     name: str
-    pattern: tuple[AxisKind, ...]
+    pattern: tuple[AxisKind, ...] | Heads
     grid: tuple[int, ...]
     heads: int
     head_dim: int
@@ -30,8 +30,13 @@ class Problem:
     groups: tuple[str, ...] = dataclasses.field(default=("default",), repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.pattern) != len(self.grid):
+        if isinstance(self.pattern, tuple) and len(self.pattern) != len(self.grid):
             raise ValueError(f"Problem {self.name}: pattern must have {len(self.grid)} axis kinds, got {self.pattern}")
+
+    @property
+    def kinds(self) -> tuple[AxisKind, ...]:
+        """The axis kinds where all heads have the same; none where they differ."""
+        return self.pattern if isinstance(self.pattern, tuple) else ()
 
     @property
     def tokens(self) -> int:
@@ -50,9 +55,9 @@ class Problem:
         >>> find(["dinat-56x56"])[0].size
         '1x56x56 H2 D32, Near(7, dilation=8)'
         """
-        kinds = self.pattern[:1] if len(set(self.pattern)) == 1 else self.pattern
+        kinds = self.kinds[:1] if len(set(self.kinds)) == 1 else self.kinds
         sizes = "x".join(map(str, (self.batch, *self.grid)))
-        return f"{sizes} H{self.heads} D{self.head_dim}, {' '.join(map(repr, kinds))}"
+        return f"{sizes} H{self.heads} D{self.head_dim}, {' '.join(map(repr, kinds or (self.pattern,)))}"
 
     def flops(self, *, backward: bool) -> int:
         """Operations that the definition asks for: of the forward, or of forward and backward together."""

@@ -1,15 +1,19 @@
-"""The README's table of times: written from the JSON of a run, and never by hand."""
+"""The README's tables of times: written from the JSON of runs, and never by hand."""
 
 from __future__ import annotations
 
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vicinal.measure.report import Report, Row, markdown, milliseconds, percent, times
 
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 RESULTS = pathlib.Path("benchmarks/results/cpu.json")
-"""The run that the README shows, from the repository's root."""
+"""The run of the operator that the README shows, from the repository's root."""
+MODEL_RESULTS = pathlib.Path("benchmarks/results/models.json")
+"""The run of whole models (benchmarks/models.py) that the README shows."""
 
 _PEERS = {
     "sdpa_mask": "masked SDPA",
@@ -51,17 +55,41 @@ def _cells(rows: Sequence[Row], backend: str) -> list[list[str]]:
     return cells
 
 
+def models_block(result: Mapping[str, Any]) -> str:
+    """The table of whole models, from what benchmarks/models.py wrote."""
+    first = result["rows"][0]
+    peers, kin = list(first["swin_tiny_faster_than"]), list(first["per_multiply_add_vs_our_swin"])
+    head = ["224x224", "our Swin-Tiny ms", *(f"vs {name.removesuffix(' swin_tiny')}" for name in peers)]
+    cells = [[*head, *(f"{name} ms (per multiply-add, Swin's is 1)" for name in kin)]]
+    for row in result["rows"]:
+        taken = row["median_ms"]
+        ours = [f"{row['kind']}, batch {row['batch']}", milliseconds(taken["swin_tiny"])]
+        compared = [f"{row['swin_tiny_faster_than'][name]:.2f}x" for name in peers]
+        ratios = row["per_multiply_add_vs_our_swin"]
+        cells.append([*ours, *compared, *(f"{milliseconds(taken[name])} ({ratios[name]:.2f})" for name in kin)])
+    shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in result["shares"]["swin_tiny"].items())
+    notes = (
+        "Whole models, float32: everybody took turns in one run; more than 1x means that ours took less time. Where "
+        f"our Swin-Tiny's training step (AdamW included) goes: {shares}. Machine: {_host(result['machine'])}, "
+        f"{result['created'][:10]}. Measured by `benchmarks/models.py`."
+    )
+    return f"{markdown(cells)}\n\n{notes}"
+
+
 def _machine(report: Report) -> str:
-    machine = report.machine
     gemm = ", ".join(f"{dtype} GEMM {peak['gflops']:.0f} GFLOP/s" for dtype, peak in report.peaks["gemm"].items())
+    return f"{_host(report.machine)}, {gemm}, {report.created[:10]}"
+
+
+def _host(machine: Mapping[str, Any]) -> str:
     threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
-    name = machine.get("gpu") or f"{machine['cpu']}, {threads}"
-    return f"{name}, {gemm}, torch {machine['torch']}, {report.created[:10]}"
+    return f"{machine.get('gpu') or machine['cpu']}, {threads}, torch {machine['torch']}"
 
 
 def generated(root: pathlib.Path) -> str:
     """The block, markers included, from the results in the repository at `root`."""
-    return f"{START}\n{block(Report.load(root / RESULTS))}\n{END}"
+    models = models_block(json.loads((root / MODEL_RESULTS).read_text()))
+    return f"{START}\n{block(Report.load(root / RESULTS))}\n\n{models}\n{END}"
 
 
 def current(text: str) -> str:

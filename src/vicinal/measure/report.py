@@ -78,10 +78,7 @@ class Report:
 
     def save(self, path: pathlib.Path) -> None:
         """Write it as JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        draft.replace(path)
+        write(dataclasses.asdict(self), path)
 
     @staticmethod
     def load(path: pathlib.Path) -> Report:
@@ -97,6 +94,14 @@ class Report:
     def kinds(self) -> list[tuple[str, str]]:
         """Which dtypes and directions there are, in the order they were measured."""
         return list(dict.fromkeys((row.dtype, row.direction) for row in self.rows))
+
+
+def write(found: dict[str, Any], path: pathlib.Path) -> None:
+    """Write plain values as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(found, indent=1) + "\n")
+    draft.replace(path)
 
 
 def _entry(found: dict[str, Any]) -> Entry:

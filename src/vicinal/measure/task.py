@@ -73,9 +73,11 @@ class Task:
         self, problem: Problem, dtype: torch.dtype, *, backward: bool = False, device: str | torch.device = "cpu"
     ) -> None:
         self.problem, self.dtype, self.backward, self.device = problem, dtype, backward, torch.device(device)
-        generator = torch.Generator().manual_seed(0)
+        # a video's tensors would take a CPU longer to draw than a GPU takes for everything else
+        place = self.device if self.device.type == "cuda" else torch.device("cpu")
+        generator = torch.Generator(place).manual_seed(0)
         self.query, self.key, self.value, self.grad_out = (
-            torch.randn(problem.shape, generator=generator).to(self.device, dtype) for _ in range(4)
+            torch.randn(problem.shape, generator=generator, device=place).to(self.device, dtype) for _ in range(4)
         )
         self._entered: dict[str, tuple[Tensors, torch.Tensor]] = {}
 

@@ -2,4 +2,11 @@
 
 from vicinal.models.registry import create_model, list_models
 
-__all__ = ["create_model", "list_models"]
+from vicinal.models.oneformer import (  # isort: skip - backbones come from the registry
+    OneFormer,
+    OneFormerConfig,
+    OneFormerOutput,
+    TextConfig,
+)
+
+__all__ = ["OneFormer", "OneFormerConfig", "OneFormerOutput", "TextConfig", "create_model", "list_models"]

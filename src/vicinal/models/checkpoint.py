@@ -41,8 +41,10 @@ class Checkpoint:
     wrappers: tuple[str, ...] = ()
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path, *, is_whole: bool = False) -> Checkpoint:
     """The tensors of a safetensors file or of a torch file; a torch file may hold nothing but tensors and plain values.
+
+    Of a detector or a segmenter only the backbone is read, unless `is_whole`.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
@@ -55,7 +57,7 @@ def read(path: str | Path) -> Checkpoint:
         start = file.read(9)
     # a safetensors file begins with the length of its header, 8 bytes, and the header, whatever its name says
     content = _read_safetensors(path) if path.suffix == ".safetensors" or start[8:] == b"{" else _read_torch(path)
-    return unwrap(content)
+    return unwrap(content, is_whole=is_whole)
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -84,8 +86,8 @@ def _read_torch(path: Path) -> Any:
         ) from None
 
 
-def unwrap(content: Any) -> Checkpoint:
-    """The tensors in what a file holds.
+def unwrap(content: Any, *, is_whole: bool = False) -> Checkpoint:
+    """The tensors in what a file holds; of a detector or a segmenter the backbone's, unless `is_whole`.
 
     >>> unwrap({"state_dict": {"backbone.a": torch.ones(1), "decode_head.b": torch.ones(1)}}).state.keys()
     dict_keys(['a'])
@@ -100,7 +102,9 @@ def unwrap(content: Any) -> Checkpoint:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
             wrappers.append(prefix)
-    for prefix in _PREFIXES:  # once each: the heads of a detector, which have another name, are left out
+    for prefix in (
+        () if is_whole else _PREFIXES
+    ):  # once each: the heads of a detector, which have another name, are left out
         inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         if inside:
             state = inside

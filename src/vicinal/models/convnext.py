@@ -31,7 +31,10 @@ class ConvNextConfig:
     in_channels: int = 3
 
 
-VARIANTS = {"convnext_tiny": ConvNextConfig((96, 192, 384, 768), (3, 3, 9, 3), 0.1)}
+VARIANTS = {
+    "convnext_tiny": ConvNextConfig((96, 192, 384, 768), (3, 3, 9, 3), 0.1),
+    "convnext_large": ConvNextConfig((192, 384, 768, 1536), (3, 3, 27, 3), 0.5),
+}
 
 
 def build(config: ConvNextConfig) -> Pyramid:
@@ -113,6 +116,10 @@ FAMILY = Family(
         "convnext_tiny": (
             Published("https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224_ema.pth"),
             Published("facebook/convnext-tiny-224", "transformers"),
-        )
+        ),
+        "convnext_large": (
+            Published("https://dl.fbaipublicfiles.com/convnext/convnext_large_1k_224_ema.pth"),
+            Published("facebook/convnext-large-224", "transformers"),
+        ),
     },
 )

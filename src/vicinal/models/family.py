@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from vicinal.layers.pyramid import Pyramid
+from torch import nn
+
 from vicinal.models.layout import Layout
 
 
@@ -26,9 +27,16 @@ class Published:
 
 @dataclass(frozen=True)
 class Family:
-    """Named configurations, `build` from one of them to a model, and the layouts of weights elsewhere."""
+    """Named configurations, `build` from one of them to a model, and the layouts of weights elsewhere.
+
+    A classifier is a `Pyramid`. A segmenter is a `OneFormer`, whose checkpoints are whole models, backbone and all.
+    `classifier` begins the names of what depends on the number of classes, and `extra_classes` it has beside them.
+    """
 
     variants: Mapping[str, Any]
-    build: Callable[[Any], Pyramid]
+    build: Callable[[Any], nn.Module]
     layouts: Mapping[str, Layout]
     published: Mapping[str, tuple[Published, ...]] = field(default_factory=dict)
+    kind: Literal["classifier", "segmenter"] = "classifier"
+    classifier: str = "head.classifier."
+    extra_classes: int = 0

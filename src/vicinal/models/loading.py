@@ -16,8 +16,6 @@ from vicinal.models.layout import Fit, Layout, State, rule, to_ours
 NATIVE = Layout((rule("{rest}", "{rest}"),))
 """Our own names, as `model.state_dict()` gives them."""
 
-CLASSIFIER = "head.classifier."
-
 
 class CheckpointMismatch(ValueError):
     """A checkpoint that does not fit a model; `fit` says which keys are missing, extra or misshapen."""
@@ -29,7 +27,7 @@ class CheckpointMismatch(ValueError):
 
 def layouts_of(family: Family) -> dict[str, Layout]:
     """The layouts a family's checkpoints may have, our own among them."""
-    return {**family.layouts, "vicinal": NATIVE}
+    return {**family.layouts, "vicinal": family.layouts.get("vicinal", NATIVE)}
 
 
 def match(
@@ -38,23 +36,21 @@ def match(
     """The layout that fits best: its name, the tensors under our names, and how well it fits."""
     found: list[tuple[int, int, str, State, Fit]] = []
     for name, layout in layouts_of(family).items():
-        ours, fit = _match(state, model, layout, use_classifier)
+        ours, fit = _match(state, model, layout, None if use_classifier else family.classifier)
         found.append((len(fit.missing) + len(fit.extra) + len(fit.misshapen), len(found), name, ours, fit))
     _, _, best, ours, fit = min(found, key=lambda entry: entry[:2])
     return best, ours, fit
 
 
 def _match(
-    state: Mapping[str, torch.Tensor], model: nn.Module, layout: Layout, use_classifier: bool
+    state: Mapping[str, torch.Tensor], model: nn.Module, layout: Layout, without: str | None
 ) -> tuple[State, Fit]:
+    """How a state fits in one layout; what begins with `without` is not wanted."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     left_out = list(model.left_out) if isinstance(model, Features) else []
-    if not use_classifier:
-        left_out += [name for name in shapes if name.startswith(CLASSIFIER)] or [
-            CLASSIFIER + "weight",
-            CLASSIFIER + "bias",
-        ]
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(CLASSIFIER)}
+    if without is not None:
+        left_out += [name for name in shapes if name.startswith(without)] or [without + "weight", without + "bias"]
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(without)}
     given = {layout.bare_name(name) for name in state}
     norms = [name for name in shapes if name.startswith("norms.")]
     if norms and not any(theirs in given for pair in layout.pairs(norms) for theirs in pair.theirs):

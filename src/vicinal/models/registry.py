@@ -35,13 +35,17 @@ MODULES = (
     "maxvit",
     "litv2",
     "focalnet",
+    "oneformer.dinat",
+    "oneformer.swin",
+    "oneformer.convnext",
+    "oneformer.mask2former",
 )
 """Files of `vicinal.models` that hold a FAMILY."""
 
 NEAREST = 6
 """How many models `identify` compares with a checkpoint key by key."""
 
-_SIZES = {"kernel_size", "window_size", "image_size", "size", "patterns"}
+_SIZES = {"kernel_size", "window_size", "image_size", "size", "patterns", "backbone_options"}
 """Options that change the size of a position bias."""
 
 
@@ -62,6 +66,15 @@ def list_models(pattern: str = "*") -> list[str]:
     ['swin_base', 'swin_large', 'swin_small', 'swin_tiny']
     """
     return sorted(fnmatch.filter(families(), pattern))
+
+
+def classifiers() -> list[str]:
+    """The names whose models classify, and give feature maps, family by family.
+
+    >>> "nat_mini" in classifiers(), "oneformer_dinat_large_ade20k" in classifiers()
+    (True, False)
+    """
+    return [name for name, family in families().items() if family.kind == "classifier"]
 
 
 def config_of(name: str, **overrides: Any) -> Any:
@@ -110,7 +123,7 @@ def create_model(
         pretrained: a checkpoint in any layout of the family (`vicinal weights FILE` tells): a path, an address, a
             Hugging Face repository id, or True for the first that is published. It has to fit; only a classifier for
             other classes than an explicit `num_classes` stays fresh, and position biases are interpolated where
-            `kernel_size`, `window_size`, `image_size`, `size` or `patterns` is overridden.
+            `kernel_size`, `window_size`, `image_size`, `size`, `patterns` or `backbone_options` is overridden.
         num_classes: classes of the classifier, 0 for none (the model then gives one vector per image).
         features_only: return a model that gives feature maps `[batch, channels, height, width]`, finest first;
             `stages=(1, 2, 3)` chooses them, `use_norms=True` puts each through a norm of its own.
@@ -120,7 +133,9 @@ def create_model(
     classes = {} if num_classes is None else {"num_classes": num_classes}
     config = config_of(name, **overrides, **classes)
     family = families()[name]
-    model: nn.Module = family.build(config)
+    if features_only and family.kind != "classifier":
+        raise ValueError(f"features_only: {name} gives segments; take the maps of its backbone, {config.backbone!r}")
+    model = family.build(config)
     if features_only:
         assert isinstance(model, Pyramid)
         model = Features(model, **options)
@@ -137,7 +152,7 @@ def _load(
         if name not in family.published:
             raise ValueError(f"pretrained=True: no weights of {name} are known to be published; give a path")
         pretrained = family.published[name][0].source
-    state = checkpoint.read(checkpoint.find(pretrained)).state
+    state = checkpoint.read(checkpoint.find(pretrained), is_whole=family.kind != "classifier").state
     fresh_head = num_classes is not None and classes_of(state, family) != num_classes
     try:
         loading.load(model, state, family, use_classifier=not fresh_head, resize_bias=resize_bias)
@@ -147,12 +162,12 @@ def _load(
 
 def classes_of(state: Mapping[str, torch.Tensor], family: Family) -> int | None:
     """How many classes a checkpoint's classifier has, whichever layout it is in; None without a classifier."""
-    name = loading.CLASSIFIER + "weight"
+    name = family.classifier + "weight"
     for layout in loading.layouts_of(family).values():
         (theirs,) = layout.pairs([name])[0].theirs
-        given = state.get(layout.name(theirs))
+        given = state.get(layout.name(theirs), state.get(theirs))
         if given is not None and given.dim():
-            return given.shape[0]
+            return given.shape[0] - family.extra_classes
     return None
 
 
@@ -180,19 +195,47 @@ class Candidate:
 def identify(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
     """The models that a checkpoint may be of, best first; those it fits have no problems.
 
+    Of a segmenter the whole checkpoint is wanted, as `read(path, is_whole=True)` gives it.
+
     >>> identify(vicinal.create_model("nat_mini").state_dict())[0].name
     'nat_mini'
     """
+    whole = _segmenters(state)
+    if whole:
+        return whole
     forms: list[Form] = []
-    for name, family in families().items():
+    for name in classifiers():
+        family = families()[name]
         # every set of options that changes a shape, once
         changes = {tuple(sorted(one.changes.items())) for one in family.published.get(name, ())}
         forms += [(name, ()), *((name, change) for change in changes if _SIZES & set(dict(change)))]
     found = [_candidate(state, name, dict(options)) for name, options in _nearest(state, forms)]
     if not any(candidate.has_classifier for candidate in found):  # as detection and segmentation code saves backbones
-        bare: list[Form] = [(name, (("features_only", True),)) for name in families()]
+        bare: list[Form] = [(name, (("features_only", True),)) for name in classifiers()]
         found += [_candidate(state, name, dict(options)) for name, options in _nearest(state, bare)]
     return sorted(found, key=lambda candidate: candidate.problems)
+
+
+def holds_segmenter(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a checkpoint is of a whole OneFormer or Mask2Former, in any layout.
+
+    >>> holds_segmenter({"sem_seg_head.predictor.class_embed.weight": torch.zeros(20, 256)})
+    True
+    """
+    segmenters = {id(family): family for family in families().values() if family.kind == "segmenter"}
+    return any(classes_of(state, family) is not None for family in segmenters.values())
+
+
+def _segmenters(state: Mapping[str, torch.Tensor]) -> list[Candidate]:
+    """The segmenters that a whole checkpoint may be of, those made for as many classes; none for other checkpoints."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name, family in families().items():
+        classes = classes_of(state, family) if family.kind == "segmenter" else None
+        if classes is not None:
+            found.append((name, {} if classes == family.variants[name].num_classes else {"num_classes": classes}))
+    chosen = [entry for entry in found if not entry[1]] or found
+    candidates = [_candidate(state, name, options) for name, options in chosen]
+    return sorted(candidates, key=lambda candidate: candidate.problems)
 
 
 def _nearest(state: Mapping[str, torch.Tensor], forms: list[Form]) -> list[Form]:
@@ -225,12 +268,17 @@ def _meta_model(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
     is_bare = overrides.pop("features_only", False)
     with torch.device("meta"):
         model = families()[name].build(config_of(name, **overrides))
-        return Features(model, use_norms=True) if is_bare else model
+        if not is_bare:
+            return model
+        assert isinstance(model, Pyramid)
+        return Features(model, use_norms=True)
 
 
 def _candidate(state: Mapping[str, torch.Tensor], name: str, options: Mapping[str, Any]) -> Candidate:
     family, model = families()[name], _meta_model(name, tuple(options.items()))
     classes = _fit_classifier(model, state, name)
+    if family.kind == "segmenter":
+        classes = None  # among the options already
     layout, _, fit = loading.match(state, model, family)
     shown = {**options, **({} if classes in (None, 1000) else {"num_classes": classes})}
     return Candidate(name, shown, layout, fit, family.published.get(name, ()), classes is not None)

@@ -15,14 +15,18 @@ from vicinal.layers.initialization import initialize, truncated
 from vicinal.layers.mlp import Mlp
 from vicinal.layers.pyramid import Head, Pyramid, Stage
 from vicinal.layers.tokens import ConvPatches, PatchMerging
-from vicinal.layers.words import window
+from vicinal.layers.words import AnyPattern, window
 from vicinal.models.family import Family, Published
 from vicinal.models.layout import Layout, Rule, rule, split, swin_table
+from vicinal.pattern import Window
 
 
 @dataclass(frozen=True)
 class SwinConfig:
-    """A Swin. With `pad_mode="legacy"` maps that windows do not divide are padded, as detection code does."""
+    """A Swin. With `pad_mode="legacy"` maps that windows do not divide are padded, as detection code does.
+
+    With `always_partition` windows stay as large as they are, and shifted, on a map that is smaller, as they do there.
+    """
 
     dim: int
     depths: tuple[int, ...]
@@ -31,6 +35,7 @@ class SwinConfig:
     window_size: int = 7
     mlp_ratio: float = 4.0
     pad_mode: PadMode = "legacy"
+    always_partition: bool = False
     num_classes: int = 1000
     in_channels: int = 3
 
@@ -46,7 +51,10 @@ VARIANTS = {
 def build(config: SwinConfig) -> Pyramid:
     """The model of a configuration, with fresh weights."""
     rates = drop_rates(config.depths, config.drop_path_rate)
-    words = (window(config.window_size), window(config.window_size, shift=config.window_size // 2))
+    size, shift = config.window_size, config.window_size // 2
+    words: tuple[AnyPattern, AnyPattern] = (window(size), window(size, shift=shift))
+    if config.always_partition:
+        words = (Window(size), Window(size, shift=shift))
     stages = []
     for level, heads in enumerate(config.num_heads):
         dim = config.dim * 2**level

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vicinal.ops.packing import Layout
+from vicinal.pattern.axis import Near
 
 
 class BackendRefused(RuntimeError):
@@ -37,6 +38,8 @@ class Problem:
     num_groups: int = 1
     num_members: int = 1
     needs_double_backward: bool = False
+    neighborhood: tuple[Near, ...] | None = None
+    """One `Near` per axis where that is what the tables are, whatever pattern they were made from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +145,21 @@ def _nothing_missing() -> str | None:
     return None
 
 
+def _always(problem: Problem) -> bool:
+    del problem
+    return True
+
+
+def _never(problem: Problem) -> bool:
+    del problem
+    return False
+
+
+def _nothing_refused(problem: Problem) -> list[str]:
+    del problem
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """A way to compute attention.
@@ -150,7 +168,9 @@ class Backend:
     gradients (either may be None), and which gradients are needed. `differentiable` is a forward made of
     plain torch operations that autograd can go through twice. `describe` tells `explain` how the
     problem would be cut up. `reason_missing` tells why this installation or machine lacks what the back end
-    needs, None where it has it; it is first asked when a call comes.
+    needs, None where it has it; it is first asked when a call comes. `further_refusals` tells what no
+    `Capability` can. A back end that can, but does not lead (`leads`), is tried after our own kernels for the GPU, and
+    one that is there `only_by_name` never. An engine (`is_engine`) hands problems to somebody else's kernels.
     """
 
     name: str
@@ -160,10 +180,14 @@ class Backend:
     differentiable: Forward
     describe: Callable[[Problem, Any, Layout], dict[str, Any]]
     reason_missing: Callable[[], str | None] = _nothing_missing
+    further_refusals: Callable[[Problem], list[str]] = _nothing_refused
+    leads: Callable[[Problem], bool] = _always
+    only_by_name: Callable[[Problem], bool] = _never
+    is_engine: bool = False
 
     def refusals(self, problem: Problem) -> list[str]:
         """All reasons why the back end cannot take the problem; none means it can."""
-        reasons = self.capability.refusals(problem)
+        reasons = [*self.capability.refusals(problem), *self.further_refusals(problem)]
         missing = self.reason_missing()
         return reasons if missing is None else [*reasons, missing]
 
@@ -181,9 +205,9 @@ def register(backend: Backend) -> None:
     _BACKENDS[backend.name] = backend
 
 
-def known() -> tuple[str, ...]:
-    """Names of the back ends of this installation, in the order of preference."""
-    return tuple(name for name in PREFERENCE if name in _BACKENDS)
+def known(*, with_engines: bool = False) -> tuple[str, ...]:
+    """Names of our own back ends of this installation, in the order of preference; those of engines too if asked."""
+    return tuple(name for name in PREFERENCE if name in _BACKENDS and (with_engines or not _BACKENDS[name].is_engine))
 
 
 def find(name: str) -> Backend:
@@ -195,6 +219,15 @@ def refusals(problem: Problem) -> dict[str, list[str]]:
     """For every name all reasons why that back end cannot take the problem."""
     missing = ["is not part of this version of vicinal"]
     return {name: _BACKENDS[name].refusals(problem) if name in _BACKENDS else list(missing) for name in PREFERENCE}
+
+
+def preference(problem: Problem, able: Sequence[str]) -> list[str]:
+    """The names of those able to take a problem, in the order in which the automatic choice wants them."""
+    able = [name for name in able if not _BACKENDS[name].only_by_name(problem)]
+    waits = [name for name in able if not _BACKENDS[name].leads(problem)]
+    before_triton = PREFERENCE[: PREFERENCE.index("triton") + 1]
+    first = [name for name in able if name in before_triton and name not in waits]
+    return [*first, *waits, *(name for name in able if name not in first and name not in waits)]
 
 
 def check_name(name: Any) -> None:
@@ -211,12 +244,12 @@ def choose(problem: Problem, name: str | None) -> str:
     """
     reasons = refusals(problem)
     if name is None:
-        for candidate in PREFERENCE:
-            if not reasons[candidate]:
-                if candidate == "tiled" and problem.device == "cpu":
-                    _warn_of_slow_path()
-                return candidate
-        raise BackendRefused(f"no back end can take this problem: {_listed(reasons)}")
+        able = preference(problem, [name for name in PREFERENCE if not reasons[name]])
+        if not able:
+            raise BackendRefused(f"no back end can take this problem: {_listed(reasons)}")
+        if able[0] == "tiled" and problem.device == "cpu":
+            _warn_of_slow_path()
+        return able[0]
     check_name(name)
     if reasons[name]:
         raise BackendRefused(f"backend {name!r} cannot take this problem: {_listed({name: reasons[name]})}")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vicinal.ops.backend import Problem, check_name, choose
+from vicinal.ops.neighborhood import neighborhood_of
 from vicinal.ops.operator import library
 from vicinal.ops.packing import Layout, layout_of, layout_of_padded, ordinary_tensors, pack_tables
 from vicinal.pattern.axis import Full
@@ -97,6 +98,7 @@ def make_problem(
         has_grids=has_grids,
         num_groups=len(layout.groups),
         num_members=max(len(group.members) for group in layout.groups),
+        neighborhood=None if has_grids else neighborhood_of(bounds_of_key(key, grid, key_grid)),
     )
     return problem, layout
 

@@ -82,17 +82,20 @@ class AxisTiles:
         return distance // self.table.step + (self.table.bias_length - 1) // 2
 
 
-def cut(table: AxisTable, tile: int, *, aligned: bool = False) -> AxisTiles:
+def cut(table: AxisTable, tile: int, *, aligned: bool = False, even: bool = True) -> AxisTiles:
     """Cut an axis into tiles of at most `tile` queries of one residue class.
 
     With `aligned`, cuts also fall wherever the window changes, so that windows are tiled on their own boundaries.
+    Without `even`, tiles have exactly `tile` queries and the last of a class what is left, as kernels of one fixed
+    tile cut; else all are about equally large.
 
     >>> tiles = cut(AxisTable.of(Near(3), 8), 4)
     >>> tiles.query.tolist(), tiles.first.tolist(), tiles.size.tolist()
     ([[0, 1, 2, 3], [4, 5, 6, 7]], [0, 3], [5, 5])
     """
     longest = -(-len(table) // table.step)
-    tile = math.ceil(longest / math.ceil(longest / max(tile, 1)))
+    if even:
+        tile = math.ceil(longest / math.ceil(longest / max(tile, 1)))
     firsts, lengths = [], []
     for residue in range(min(table.step, len(table))):
         start, count = table.start[residue :: table.step], table.count[residue :: table.step]
@@ -189,13 +192,13 @@ class Visits:
         return {**dataclasses.asdict(self), "waste": round(self.waste, 4)}
 
 
-def visits(member: Member, query_tile: Sequence[int], key_tile: Sequence[int]) -> Visits:
-    """Count the tile pairs that a kernel with static key tiles visits; exact, axis by axis.
+def visits(member: Member, query_tile: Sequence[int], key_tile: Sequence[int], *, even: bool = True) -> Visits:
+    """Count the tile pairs that a kernel with static key tiles visits; exact, axis by axis. `even` as in `cut`.
 
     >>> visits(bounds(Near(5), (12,)).groups[0].members[0], (4,), (4,)).visited
     7
     """
-    tiles = [cut(table, size) for table, size in zip(member, query_tile, strict=True)]
+    tiles = [cut(table, size, even=even) for table, size in zip(member, query_tile, strict=True)]
     classes = [classify(axis, size) for axis, size in zip(tiles, key_tile, strict=True)]
     visited = [(axis > EMPTY).sum(1) for axis in classes]
     per_pair = math.prod(query_tile) * math.prod(key_tile)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vicinal.measure.task import HEADS_FIRST, NotRun, Prepared, Task
+from vicinal.ops.engines.flex import compiled_for
 from vicinal.pattern import bounds, mask
 from vicinal.pattern.table import AxisTable
 
@@ -21,7 +22,9 @@ MOST_GATHERED_BYTES = 1 << 30
 
 
 def axis_tables(task: Task) -> tuple[AxisTable, ...]:
-    """The table of each axis; the problems measured here have one head group and no union."""
+    """The table of each axis; refuses problems whose heads differ."""
+    if not task.problem.kinds:
+        raise NotRun("written for one pattern on all heads")
     return bounds(task.problem.pattern, task.problem.grid).groups[0].members[0]
 
 
@@ -46,9 +49,9 @@ def sdpa_mask(task: Task) -> list[Prepared]:
 
 def flex(task: Task) -> list[Prepared]:
     """FlexAttention, compiled, with a block mask; on a CPU it has no backward."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    problem = task.problem
+    problem, is_gpu = task.problem, task.device.type == "cuda"
     if task.backward and task.device.type == "cpu":
         raise NotRun("FlexAttention has no backward on CPU")
     if problem.tokens > MOST_FLEX_TOKENS and task.device.type == "cpu":
@@ -68,13 +71,14 @@ def flex(task: Task) -> list[Prepared]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own deprecations say nothing about the problem
-        blocks = create_block_mask(sees, None, None, problem.tokens, problem.tokens, device=task.device)
-        torch.compiler.reset()  # past eight sizes it would quietly stop compiling
-        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        # compiled, it is built without the full mask
+        tokens = problem.tokens
+        blocks = create_block_mask(sees, None, None, tokens, tokens, device=task.device, _compile=is_gpu)
+        compiled = compiled_for(blocks, False, with_lse=False)
 
         def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             rows, keys, values = (tensor.flatten(2, -2) for tensor in (query, key, value))
-            out: torch.Tensor = compiled(rows, keys, values, block_mask=blocks)
+            out: torch.Tensor = compiled(rows, keys, values, problem.head_dim**-0.5)
             return out.view(query.shape)
 
         prepared = Prepared(call, HEADS_FIRST)

@@ -142,7 +142,7 @@ def _frozen(module: nn.Module, task: Task) -> nn.Module:
 def natten(task: Task) -> list[Prepared]:
     """NATTEN, whatever it chooses to run here."""
     problem = task.problem
-    kinds = [kind for kind in problem.pattern if isinstance(kind, Near)]
+    kinds = [kind for kind in problem.kinds if isinstance(kind, Near)]
     if len(kinds) != len(problem.grid) or any(kind.border != "shift" for kind in kinds):
         raise NotRun("neighborhoods with a shifted border only")
     package = _import("natten", "natten")

@@ -12,8 +12,8 @@ from vicinal.pattern import Window
 def square_window(task: Task) -> tuple[int, int]:
     """Size and shift of the windows of a problem that Swin could take; refuses others."""
     problem = task.problem
-    kind = problem.pattern[0]
-    if not isinstance(kind, Window) or any(other != kind for other in problem.pattern) or len(problem.grid) != 2:
+    kind = next(iter(problem.kinds), None)
+    if not isinstance(kind, Window) or any(other != kind for other in problem.kinds) or len(problem.grid) != 2:
         raise NotRun("for square windows on maps only")
     if any(length % kind.size for length in problem.grid):
         raise NotRun("written for windows that divide the map")
