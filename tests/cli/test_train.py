@@ -98,7 +98,8 @@ def test_predictions_come_also_where_nothing_can_be_drawn(run_folder, tmp_path, 
     from PIL import Image
 
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
     sheet = tmp_path / "sheet.png"
     assert main(["predict", str(tmp_path / "black.png"), "--model", str(run_folder), "--save", str(sheet)]) == 2
     out, err = capsys.readouterr()

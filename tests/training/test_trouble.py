@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from vicinal.models.compact import CompactConfig
 from vicinal.tasks import Classification
 from vicinal.training import train
 from vicinal.training.checkpoint import CheckpointFailed, Store
+from vicinal.training.report import Silent
 from vicinal.training.run import Stopped
 
 pytest.importorskip("sklearn")
@@ -109,6 +112,36 @@ def test_impossible_sizes_are_refused_before_anything_is_written(changes, words,
     with pytest.raises(ValueError, match=words):
         train(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class LosesItsReader(Silent):
+    """Kills a process that reads ahead, as a system does that is short of memory."""
+
+    def step(self, step, images, losses):
+        if step == 5:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX systems do")
+def test_a_lost_reader_is_named(tmp_path):
+    with pytest.raises(Stopped, match=r"reads samples ahead was lost .*; the last checkpoint is of step \d+; go on by"):
+        train(tiny(workers=1, epochs=50), tmp_path / "run", report=LosesItsReader())
+
+
+def test_a_bar_is_taken_away_whatever_happens(tmp_path):
+    class Ends(Silent):
+        ended = 0
+
+        def step(self, step, images, losses):
+            raise ZeroDivisionError
+
+        def end(self):
+            self.ended += 1
+
+    report = Ends()
+    with pytest.raises(ZeroDivisionError):
+        train(tiny(), tmp_path / "run", report=report)
+    assert report.ended == 1
 
 
 def test_a_recipe_without_the_task_s_optimizer_is_refused(tmp_path):

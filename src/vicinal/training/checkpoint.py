@@ -75,12 +75,17 @@ class Store:
                 part.rename(self.path(step))
                 _flush(self.folder)
                 if is_best:
-                    write_whole(self.folder / "best.json", json.dumps({"step": step}))
+                    self.mark_best(step)
                 self._tidy()
             world.wait()
         except (OSError, CheckpointException) as error:
             shutil.rmtree(part, ignore_errors=True)
             raise CheckpointFailed(self._sorry(step, error)) from error
+
+    def mark_best(self, step: int) -> None:
+        """Say that the checkpoint of a step is the best."""
+        if self.best() != step:
+            write_whole(self.folder / "best.json", json.dumps({"step": step}))
 
     def _sorry(self, step: int, error: BaseException) -> str:
         steps = self.steps()
