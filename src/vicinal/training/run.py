@@ -219,6 +219,8 @@ class _Run:
             drawing.save_curves(read_lines(self.journal.metrics), self.journal.folder / "curves.png")
         except drawing.NothingToDrawWith as error:
             self.report.say(str(error))
+        except OSError as error:  # a disk without room for a picture may have room for what matters
+            self.report.say(f"{error.filename} could not be written: {error.strerror}")
         self.drawn = time.perf_counter()
 
     def _outcome(self, seconds: float) -> Outcome:

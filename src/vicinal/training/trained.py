@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from vicinal.data.dataset import Image, Info
 from vicinal.data.picture import SUFFIXES, read_picture
 from vicinal.data.stream import Stream
 from vicinal.models.checkpoint import read
-from vicinal.tasks.classification import ClassificationTask
+from vicinal.tasks.classification import Classification, ClassificationTask, Named
 from vicinal.training.recipe import Recipe
 from vicinal.training.written import from_plain
 
@@ -49,7 +50,7 @@ def load(place: str | Path) -> Trained:
     metadata = _metadata(path)
     if "recipe" not in metadata or "info" not in metadata:
         raise ValueError(f"{path} does not say which recipe it is of: only files written by `vicinal train` do")
-    recipe, info = from_plain(json.loads(metadata["recipe"])), from_plain(json.loads(metadata["info"]))
+    recipe, info = _written(metadata["recipe"], path), _written(metadata["info"], path)
     assert isinstance(recipe, Recipe)
     task = recipe.task.build(info)
     if not isinstance(task, ClassificationTask):
@@ -57,6 +58,18 @@ def load(place: str | Path) -> Trained:
     task.model.load_state_dict(read(path).state)
     task.objective.eval()
     return Trained(recipe, info, task, path)
+
+
+def _written(text: str, path: Path) -> Any:
+    """Part of a recipe from a weights file, without the checkpoint that its training began with: that may be gone."""
+    try:
+        made = from_plain(json.loads(text))
+    except (json.JSONDecodeError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"the recipe in {path} is not one of this version of vicinal: {error}") from None
+    task = getattr(made, "task", None)
+    if isinstance(task, Classification) and isinstance(task.model, Named):
+        return replace(made, task=replace(task, model=replace(task.model, pretrained=None)))
+    return made
 
 
 def _metadata(path: Path) -> dict[str, str]:
