@@ -285,3 +285,22 @@ def test_the_pattern_room_offers_what_the_design_names():
     assert names <= set(vicinal.pattern.__all__)
     for name in vicinal.pattern.__all__:
         assert getattr(vicinal.pattern, name) is not None
+
+
+def test_every_extra_that_is_advised_exists():
+    import re
+    import tomllib
+
+    root = Path(vicinal.__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():
+        pytest.skip("the package is installed without the project around it")
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    files = [*(root / "src").rglob("*.py"), *(root / "docs").rglob("*.md"), root / "README.md"]
+    advised = {
+        (path.name, name.strip())
+        for path in files
+        for names in re.findall(r"vicinal\[([a-z, -]+)\]", path.read_text("utf-8"))
+        for name in names.split(",")
+    }
+    assert advised
+    assert not [(path, name) for path, name in advised if name not in extras]

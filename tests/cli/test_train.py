@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -91,6 +92,28 @@ def test_predict_names_classes(run_folder, tmp_path, capsys):
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("%") >= 4
+
+
+def test_predictions_come_also_where_nothing_can_be_drawn(run_folder, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    sheet = tmp_path / "sheet.png"
+    assert main(["predict", str(tmp_path / "black.png"), "--model", str(run_folder), "--save", str(sheet)]) == 2
+    out, err = capsys.readouterr()
+    assert "black.png: " in out
+    assert err.count("\n") == 1
+    assert "pip install vicinal[plot]" in err
+    assert not sheet.exists()
+
+
+def test_predict_names_at_least_one_class(run_folder, tmp_path, capsys):
+    picture = tmp_path / "black.png"
+    pytest.importorskip("PIL.Image").new("L", (8, 8)).save(picture)
+    assert main(["predict", str(picture), "--model", str(run_folder), "--top", "0"]) == BAD_REQUEST
+    assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_data_says_what_is_there(capsys, monkeypatch, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -243,6 +245,22 @@ def test_damaged_shards_are_named(tmp_path):
     (base / "classes.txt").write_text("0\n1\n")
     with pytest.raises(DataMissing, match="there are 2 classes"):
         Shards(str(base), 1).open("test")
+
+
+def test_a_shard_that_is_gone_or_has_odd_labels_is_named(tmp_path):
+    pytest.importorskip("sklearn")
+    pictures = Shards(str(shards(tmp_path)), 1).open("train")
+    pictures.shards[pictures.places[0].shard].unlink()
+    with pytest.raises(DataMissing, match=r"shard-00000\.tar cannot be read \(No such file"):
+        pictures.read(0)
+    odd = tmp_path / "odd.tar"
+    with tarfile.open(odd, "w") as archive:
+        for name, content in (("1.png", b"?"), ("1.json", b'{"label": null}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataMissing, match=r"odd\.tar cannot be read as a shard"):
+        index_of(odd, 0)
 
 
 def test_every_source_says_where_it_looks_and_what_to_do():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import start, steady, tensors
 
-from vicinal.data import Digits, Stream
+from vicinal.data import Digits, ImageFolders, Stream
 from vicinal.training import train
 from vicinal.training.checkpoint import Store
 from vicinal.training.journal import read_lines
@@ -50,11 +50,17 @@ def assert_learned_the_same(folder, alone):
             assert (ours[name] - tensor).norm() <= 0.02 * tensor.norm() + 1e-4, name
 
 
+def assert_drawn(folder):
+    for name in ("curves.png", "predictions.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+
 def test_two_processes_learn_what_one_learns(alone, tmp_path):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     outcome = train_on(2, steady(accumulation=2), tmp_path / "run", report=Silent())
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert outcome.facts["processes"] == 2
+    assert_drawn(tmp_path / "run")
     assert_learned_the_same(tmp_path / "run", alone)
 
 
@@ -71,7 +77,8 @@ def test_two_sharded_processes_go_on_where_one_stopped(alone, tmp_path):
     with pytest.raises(ZeroDivisionError):
         train(steady(parallel="fsdp2"), folder, report=Stops())
     assert Store(folder / "checkpoints").steps() == [4]
-    train_on(2, steady(parallel="fsdp2"), folder, resume=True, report=Silent())
+    train_on(2, steady(parallel="fsdp2", accumulation=2), folder, resume=True, report=Silent())
+    assert_drawn(folder)
     assert_learned_the_same(folder, alone)
 
 
@@ -116,10 +123,37 @@ def test_a_lost_process_ends_the_run_in_words(tmp_path):
     assert all(not os.path.exists(f"/proc/{pid}") for pid in ranks)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(number, tmp_path):
+    process = start(tmp_path / "run", LOSES)
+    store = Store(tmp_path / "run" / "checkpoints")
+    deadline = time.monotonic() + 90
+    while not store.steps() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    ranks = children(process.pid)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        os.kill(process.pid, number)
+    _, words = process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert f"stopped by {number.name}; the last checkpoint is of step" in words.splitlines()[-1]
+        assert words.count("Traceback") == 1  # of this script itself
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
+
+
 def test_a_users_mistake_is_one_sentence_from_many_processes(tmp_path):
     recipe = steady(seed=3)
     with pytest.raises(ValueError, match="batch_size must be a multiple of processes"):
         train_on(2, replace(recipe, loop=replace(recipe.loop, batch_size=127)), tmp_path, report=Silent())
+    absent = replace(recipe, data=ImageFolders(str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"^there is no folder .*nowhere"):
+        train_on(2, absent, tmp_path / "no" / "such", report=Silent())
     with pytest.raises(ValueError, match="processes must be at least 1"):
         train_on(0, recipe, tmp_path, report=Silent())
 

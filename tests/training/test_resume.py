@@ -7,13 +7,15 @@ import os
 import random
 import signal
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from runs import start, tensors, tiny
 from safetensors.torch import load_file
 
+from vicinal.tasks import Classification
+from vicinal.tasks.classification import ClassificationTask, make_model
 from vicinal.training import train
 from vicinal.training.checkpoint import CheckpointFailed, Store
 from vicinal.training.journal import FolderTaken, read_lines
@@ -160,6 +162,67 @@ def test_a_finished_run_resumes_to_its_end(uninterrupted):
     outcome = train(tiny(), uninterrupted, resume=True)
     assert outcome.step == 22
     assert outcome.metrics["accuracy"] == lines(uninterrupted)[-1]["accuracy"]
+
+
+@dataclass(frozen=True)
+class Solving(Classification):
+    """A task that changes the model when training has ended, as one does that solves for thresholds."""
+
+    def build(self, info):
+        return SolvingTask(self, info, make_model(self.model, info))
+
+
+class SolvingTask(ClassificationTask):
+    def finish(self, batches):
+        assert not self.model.training
+        next(self.model.parameters()).data.add_(torch.rand(()) + next(batches).labels[0])
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_what_a_task_does_at_the_end_is_done_again_by_resuming(ema_decay, tmp_path):
+    recipe = tiny(ema_decay=ema_decay, epochs=0.3)
+    train(recipe, tmp_path / "plain")
+    recipe = replace(recipe, task=Solving(recipe.task.model, recipe.task.label_smoothing))
+    train(recipe, tmp_path / "run")
+    plain, first = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "run"))
+    assert sum(not torch.equal(plain[name], first[name]) for name in first) == 1
+    (tmp_path / "run" / "model.safetensors").unlink()  # killed between the last checkpoint and the weights
+    train(recipe, tmp_path / "run", resume=True)
+    again = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_a_kill_between_a_checkpoint_and_its_mark_as_the_best_is_made_good(uninterrupted, tmp_path):
+    train(tiny(epochs=1), tmp_path)
+    mark = tmp_path / "checkpoints" / "best.json"
+    best = mark.read_text()
+    mark.write_text('{"step": 4}')
+    train(tiny(epochs=1), tmp_path, resume=True)
+    assert mark.read_text() == best == '{"step": 11}'
+
+
+class Listens(Silent):
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_resuming_nothing_says_that_it_begins(tmp_path):
+    report = Listens()
+    train(tiny(epochs=0.2), tmp_path / "new", resume=True, report=report)
+    assert [text for text in report.said if "no checkpoint to go on from" in text]
+    again = Listens()
+    train(tiny(epochs=0.2), tmp_path / "new", resume=True, report=again)
+    assert not again.said
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path):
+    train(tiny(epochs=0.2), tmp_path)
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(FolderTaken, match=r"recipe\.json cannot be read as JSON"):
+        train(tiny(epochs=0.2), tmp_path, resume=True)
 
 
 def test_a_folder_is_not_written_over(uninterrupted):

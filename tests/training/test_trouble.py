@@ -14,7 +14,8 @@ from vicinal.data.augment import CenterCrop, Resize
 from vicinal.models.compact import CompactConfig
 from vicinal.tasks import Classification
 from vicinal.training import train
-from vicinal.training.checkpoint import CheckpointFailed, Store
+from vicinal.training.checkpoint import CheckpointFailed, Store, write_bytes_whole
+from vicinal.training.report import Silent
 from vicinal.training.run import Stopped
 
 pytest.importorskip("sklearn")
@@ -55,6 +56,37 @@ def test_a_disk_without_room_for_metrics_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="metrics are no longer written") as caught:
         Journal(tmp_path).write({"step": 1})
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_disk_without_room_for_pictures_ends_no_run(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from vicinal.training import drawing
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    class Listens(Silent):
+        said = ""
+
+        def say(self, text):
+            self.said += text
+
+    monkeypatch.setattr(drawing, "write_bytes_whole", full)
+    report = Listens()
+    assert train(tiny(epochs=0.2), tmp_path, report=report).weights.is_file()
+    assert "predictions.png could not be written: No space left on device" in report.said
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is what is always full")
+def test_a_file_without_room_is_named_and_the_one_before_stays(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"before")
+    (tmp_path / ".model.safetensors.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*/model\.safetensors'") as caught:
+        write_bytes_whole(file, b"after")
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert file.read_bytes() == b"before"
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
@@ -109,6 +141,43 @@ def test_impossible_sizes_are_refused_before_anything_is_written(changes, words,
     with pytest.raises(ValueError, match=words):
         train(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+READER = """
+import multiprocessing, os, signal, sys, runs
+from vicinal.training import train
+from vicinal.training.report import Silent
+class LosesItsReader(Silent):
+    def step(self, step, images, losses):
+        if step == 5:  # as a system does that is short of memory
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+train(runs.tiny(workers=1, epochs=50), sys.argv[1], report=LosesItsReader())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX systems do")
+def test_a_lost_reader_is_named(tmp_path):
+    process = start(tmp_path / "run", READER)
+    _, words = process.communicate(timeout=120)
+    assert process.returncode != 0
+    said = next(line for line in words.splitlines() if "reads samples ahead was lost" in line)
+    assert "the last checkpoint is of step 4; go on by --resume" in said
+
+
+def test_a_bar_is_taken_away_whatever_happens(tmp_path):
+    class Ends(Silent):
+        ended = 0
+
+        def step(self, step, images, losses):
+            raise ZeroDivisionError
+
+        def end(self):
+            self.ended += 1
+
+    report = Ends()
+    with pytest.raises(ZeroDivisionError):
+        train(tiny(), tmp_path / "run", report=report)
+    assert report.ended == 1
 
 
 def test_a_recipe_without_the_task_s_optimizer_is_refused(tmp_path):

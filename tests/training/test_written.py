@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 
@@ -58,6 +59,15 @@ def test_changes_reach_every_depth():
         ("loop.epochs=-1", r"loop\.epochs must be above 0"),
         ("loop.ema_decay=1.5", "ema_decay"),
         ("optimizers.min.learning_rate=1", r"did you mean optimizers\.main"),
+        ("optimizers.min=3", r"did you mean optimizers\.main"),
+        ("optimizers.main=3", r"optimizers\.main has parts \(learning_rate"),
+        ("optimizers.main.learning_rate=-1", "learning_rate must be at least 0"),
+        ("optimizers.main.betas=0.9", "betas must be two numbers"),
+        ("optimizers.main.betas=2,3", "betas must be two numbers"),
+        ("loop.epochs=1e400", r"loop\.epochs must be above 0 and finite"),
+        ("loop.seed=-1", r"loop\.seed must be in 0"),
+        ("loop.workers=-1", r"loop\.workers must be at least 0"),
+        ("loop.threads=-1", r"loop\.threads must be at least 0"),
     ],
 )
 def test_wrong_changes_are_refused(change, words):
@@ -85,6 +95,23 @@ def test_a_recipe_of_ones_own_is_read_from_a_file(tmp_path):
     assert find(f"{file}:quick", ["loop.seed=4"]).loop.seed == 4
     with pytest.raises(ValueError, match="no function 'slow'"):
         find(f"{file}:slow")
+
+
+def test_a_recipe_of_ones_own_may_have_parts_of_its_own(tmp_path):
+    (tmp_path / "own_parts.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass, replace\n"
+        "from vicinal.data import Digits\nfrom vicinal.recipes import find\n"
+        "@dataclass(frozen=True)\nclass Mine(Digits):\n    share: float = 1.0\n"
+        "def quick():\n    return replace(find('digits'), data=Mine())\n"
+        "def nothing():\n    pass\n"
+    )
+    recipe = find(f"{tmp_path / 'own_parts.py'}:quick", ["data.share=0.5"])
+    assert pickle.loads(pickle.dumps(recipe)).data.share == 0.5  # as it goes to other processes
+    with pytest.raises(ValueError, match=r"should return a vicinal\.training\.Recipe, got NoneType"):
+        find(f"{tmp_path / 'own_parts.py'}:nothing")
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(ValueError, match="another name"):
+        find(f"{tmp_path / 'json.py'}:quick")
 
 
 def test_full_size_recipes_say_that_nobody_ran_them():

@@ -74,8 +74,9 @@ def _is_users_mistake(error: Exception) -> bool:
     """Whether to answer with a sentence; of anything else the traceback is wanted."""
     from vicinal.ops.backend import BackendRefused
     from vicinal.tour.extras import MissingExtra
+    from vicinal.training.drawing import NothingToDrawWith
 
-    if isinstance(error, BackendRefused | MissingExtra | OSError):
+    if isinstance(error, BackendRefused | MissingExtra | NothingToDrawWith | OSError):
         return True
     # our own checks raise ValueError for the user; one that comes out of another library is a bug of ours
     raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]

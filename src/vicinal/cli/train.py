@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from rich import box
@@ -28,7 +29,10 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(to_plain(recipe), indent=2))
         return
     report = JsonLines() if options.json else Bar()
+    is_first = os.environ.get("RANK", "0") == "0"  # under torchrun every process comes here
     outcome = train_on(options.processes, recipe, folder, resume=options.resume, report=report)
+    if not is_first:
+        return
     plain = {**dataclasses.asdict(outcome), "folder": str(outcome.folder), "weights": str(outcome.weights)}
     if options.json:
         print(json.dumps({"event": "end", **plain}), flush=True)

@@ -18,7 +18,7 @@ def pillow() -> Any:
     try:
         import PIL.Image as module
     except ModuleNotFoundError:
-        raise DataMissing("reading pictures needs pillow: pip install vicinal[train]") from None
+        raise DataMissing("reading pictures needs pillow: pip install vicinal[plot]") from None
     return module
 
 

@@ -62,9 +62,12 @@ class ShardDataset:
         """Image and label of a sample."""
         place = self.places[index]
         path = self.shards[place.shard]
-        with path.open("rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.length)
+        try:
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                content = file.read(place.length)
+        except OSError as error:  # in a process that reads ahead it would come back as a traceback
+            raise DataMissing(f"{path} cannot be read ({error.strerror or error})") from None
         return read_picture(content, self.info.channels, f"{path} at byte {place.offset}"), place.label
 
     def order(self, random: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -127,7 +130,7 @@ def _scan(path: Path, shard: int) -> list[Place]:
                     assert content is not None
                     text = content.read().decode()
                     labels[key] = int(text) if suffix == ".cls" else int(json.loads(text)["label"])
-    except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
+    except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataMissing(f"{path} cannot be read as a shard ({error}); fetch or write it again") from None
     lonely = sorted(set(pictures) ^ set(labels))
     if lonely:

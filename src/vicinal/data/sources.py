@@ -110,7 +110,7 @@ class Digits:
 
     def advice(self) -> str:
         """What to do when nothing is there."""
-        return "pip install vicinal[train]"
+        return "pip install vicinal[digits]"
 
     def open(self, split: Split) -> Dataset:
         """The data set, held in memory."""

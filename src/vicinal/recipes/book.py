@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     function.__name__: function for module in (small, segmentation, full, generators) for function in module.RECIPES
 }
 """The recipes that come with the library."""
+
+_OWN: set[str] = set()
+"""Names of files of recipes that were read."""
 
 
 def names() -> list[str]:
@@ -32,7 +36,10 @@ def find(name: str, changes: Sequence[str] = ()) -> Recipe:
     >>> find("digits", ["loop.epochs=2"]).loop.epochs
     2.0
     """
-    return override(_function(name)(), changes)
+    recipe = _function(name)()
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{name} should return a vicinal.training.Recipe, got {type(recipe).__name__}")
+    return override(recipe, changes)
 
 
 def _function(name: str) -> Callable[[], Recipe]:
@@ -52,7 +59,14 @@ def _from_file(path: Path, function: str) -> Callable[[], Recipe]:
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None
     assert specification.loader is not None
+    if path.stem in sys.modules and path.stem not in _OWN:
+        raise ValueError(f"{path} has the name of a module that is in use; give the file another name")
     module = importlib.util.module_from_spec(specification)
+    # known by its name, which dataclasses ask for, and found by it, also by the processes of a run
+    _OWN.add(path.stem)
+    sys.modules[path.stem] = module
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.append(str(path.parent.resolve()))
     specification.loader.exec_module(module)
     found: Callable[[], Recipe] | None = getattr(module, function, None)
     if found is None:

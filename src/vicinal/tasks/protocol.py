@@ -103,7 +103,7 @@ class Task(Protocol):
         """After the optimizers moved."""
 
     def finish(self, batches: Iterator[Batch]) -> None:
-        """After the last step."""
+        """After the last step, on the weights that are exported; again where a finished run is resumed."""
 
 
 class TaskConfig(Protocol):

@@ -32,9 +32,7 @@ class Bar:
 
     def begin(self, total: int, done: int, facts: dict[str, Any]) -> None:
         """A headline, and the bar."""
-        self.console = Console(stderr=True, highlight=False, emoji=False, markup=False)
-        if not self.console.is_terminal:
-            self.console = Console(stderr=True, highlight=False, emoji=False, markup=False, width=WIDE)
+        self.console = _console()
         where = f"{facts['processes']} processes" if facts["processes"] > 1 else facts["device"]
         begun = f", going on after step {done}" if done else ""
         self.console.print(
@@ -84,12 +82,19 @@ class Bar:
 
     def say(self, text: str) -> None:
         """A line."""
-        (self.console or Console(stderr=True)).print(text)
+        (self.console or _console()).print(text)
 
     def end(self) -> None:
         """Take the bar away."""
         if self.progress is not None:
             self.progress.stop()
+
+
+def _console() -> Console:
+    made = Console(stderr=True, highlight=False, emoji=False, markup=False)
+    if not made.is_terminal:
+        made = Console(stderr=True, highlight=False, emoji=False, markup=False, width=WIDE)
+    return made
 
 
 class JsonLines:

@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,17 @@ class Store:
                 part.rename(self.path(step))
                 _flush(self.folder)
                 if is_best:
-                    write_whole(self.folder / "best.json", json.dumps({"step": step}))
+                    self.mark_best(step)
                 self._tidy()
             world.wait()
         except (OSError, CheckpointException) as error:
             shutil.rmtree(part, ignore_errors=True)
             raise CheckpointFailed(self._sorry(step, error)) from error
+
+    def mark_best(self, step: int) -> None:
+        """Say that the checkpoint of a step is the best."""
+        if self.best() != step:
+            write_whole(self.folder / "best.json", json.dumps({"step": step}))
 
     def _sorry(self, step: int, error: BaseException) -> str:
         steps = self.steps()
@@ -134,11 +139,21 @@ def _first_line(error: BaseException) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is whole or, if anything happens, as it was before."""
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """The same for bytes; an error names the file, and leaves nothing half written."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     part.replace(path)
     _flush(path.parent)
 
@@ -158,6 +173,6 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str,
     """Write weights as safetensors, whole or not at all."""
     from safetensors.torch import save
 
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, metadata))
-    part.replace(path)
+    write_bytes_whole(
+        path, save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, metadata)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vicinal.tasks.protocol import Panel
+from vicinal.training.checkpoint import write_bytes_whole
 
 PANELS = 24
 _COLUMNS = 8
@@ -27,7 +29,7 @@ def figure(columns: float, rows: float) -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise NothingToDrawWith(
-            "no pictures are drawn, because matplotlib is not here: pip install vicinal[train]"
+            "no pictures are drawn, because matplotlib is not here: pip install vicinal[plot]"
         ) from None
     made = Figure(figsize=(columns, rows), dpi=100)
     FigureCanvasAgg(made)
@@ -72,6 +74,6 @@ def save_panels(panels: Sequence[Panel], path: Path) -> None:
 
 def save_figure(sheet: Any, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    sheet.savefig(part, format="png")
-    part.replace(path)
+    drawn = io.BytesIO()
+    sheet.savefig(drawn, format="png")
+    write_bytes_whole(path, drawn.getvalue())

@@ -45,7 +45,10 @@ class Journal:
         if not resume and (file.exists() or self.store.steps()):
             raise FolderTaken(f"{self.folder} already holds a run; go on with it by --resume, or choose another --out")
         if resume and file.exists():
-            before = json.loads(file.read_text("utf-8"))
+            try:
+                before = json.loads(file.read_text("utf-8"))
+            except ValueError:
+                raise FolderTaken(f"{file} cannot be read as JSON; choose another --out, or remove the file") from None
             different = sorted(_differences(before, recipe))
             if different:
                 raise FolderTaken(
@@ -95,6 +98,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 _MAY_DIFFER = {
+    "loop.accumulation",
+    "loop.activation_checkpointing",
+    "loop.checkpoint_every",
+    "loop.compile",
     "loop.workers",
     "loop.threads",
     "loop.keep",
@@ -104,7 +111,7 @@ _MAY_DIFFER = {
     "loop.log_every",
     "status",
 }
-"""What a resumed run may change: how it is run, not what comes out."""
+"""What a resumed run may change: how it is run, not what comes out (but for rounding, as with other processes)."""
 
 
 def _differences(before: Any, now: Any, name: str = "") -> set[str]:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -18,12 +19,12 @@ from typing import Any
 from vicinal.training.checkpoint import Store
 from vicinal.training.recipe import Recipe
 from vicinal.training.report import Outcome, Report
-from vicinal.training.run import LostProcess, train
+from vicinal.training.run import LostProcess, Stopped, train
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 """Those that torchrun takes over."""
 
-_FAILED = ".failed-{rank}.json"
+_FAILED = "failed-{rank}.json"
 
 
 def train_on(processes: int, recipe: Recipe, folder: str | Path, *, resume: bool = False, report: Report) -> Outcome:
@@ -40,12 +41,10 @@ def train_on(processes: int, recipe: Recipe, folder: str | Path, *, resume: bool
             f"loop.batch_size must be a multiple of processes x accumulation = {processes} x "
             f"{recipe.loop.accumulation}, got {recipe.loop.batch_size}"
         )
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    place = Path(folder)
-    for old in place.glob(_FAILED.format(rank="*")):
-        old.unlink()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -56,11 +55,14 @@ def train_on(processes: int, recipe: Recipe, folder: str | Path, *, resume: bool
         max_restarts=0,
         monitor_interval=_LOOKS_EVERY_S,
     )
-    with _quiet():
+    # not the run's folder for their words: it may be what is missing, or full
+    with _quiet(), tempfile.TemporaryDirectory(prefix="vicinal-") as words:
         try:
-            results = elastic_launch(config, _work)(recipe, str(folder), resume, report)
+            results = elastic_launch(config, _work)(recipe, str(folder), resume, report, words)
         except ChildFailedError as error:
-            raise LostProcess(_what_happened(error, place, processes)) from None
+            raise LostProcess(_what_happened(error, Path(folder), Path(words), processes)) from None
+        except SignalException as asked:
+            raise Stopped(f"stopped by {asked.sigval.name}; {_last(Path(folder))}") from None
     outcome: Outcome = results[0]
     return outcome
 
@@ -69,15 +71,17 @@ _LOOKS_EVERY_S = 0.2
 """How often torchrun's part looks after its processes."""
 
 
-def _work(recipe: Recipe, folder: str, resume: bool, report: Report) -> Outcome:
+def _work(recipe: Recipe, folder: str, resume: bool, report: Report, words: str) -> Outcome:
     """One process. What a person should read is left in a file, because its traceback would be lost in the others'."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # at once: what waits for the others would wait long, and complain
+        signal.signal(number, lambda *_: os._exit(1))
     try:
         return train(recipe, folder, resume=resume, report=report)
     except (ValueError, OSError) as error:
-        file = Path(folder) / _FAILED.format(rank=os.environ["RANK"])
+        file = Path(words) / _FAILED.format(rank=os.environ["RANK"])
         try:
             file.write_text(json.dumps({"kind": type(error).__name__, "words": str(error)}))
-        except OSError:  # the disk is full, or the folder gone: then the words go where they can
+        except OSError:  # that disk is full: then the words go where they can
             print(error, file=sys.stderr)
         if isinstance(error, LostProcess):
             time.sleep(
@@ -88,20 +92,21 @@ def _work(recipe: Recipe, folder: str, resume: bool, report: Report) -> Outcome:
         os._exit(1)
 
 
-def _what_happened(error: Any, folder: Path, processes: int) -> str:
-    said = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob(_FAILED.format(rank="*")))}
-    for path in folder.glob(_FAILED.format(rank="*")):
-        path.unlink()
+def _last(folder: Path) -> str:
+    steps = Store(folder / "checkpoints").steps()
+    return f"the last checkpoint is of step {steps[-1]}; go on by --resume" if steps else "there is no checkpoint yet"
+
+
+def _what_happened(error: Any, folder: Path, words: Path, processes: int) -> str:
+    said = {path.name: json.loads(path.read_text()) for path in sorted(words.glob(_FAILED.format(rank="*")))}
     own = [one["words"] for one in said.values() if one["kind"] != LostProcess.__name__]
     if own:
         return str(own[0])
-    steps = Store(folder / "checkpoints").steps()
-    last = f"the last checkpoint is of step {steps[-1]}; go on by --resume" if steps else "there is no checkpoint yet"
     # the one that was killed, not those that noticed and ended by themselves
     rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
     code = failure.exitcode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"process {rank} of {processes} {how}, and the others were stopped; {last}"
+    return f"process {rank} of {processes} {how}, and the others were stopped; {_last(folder)}"
 
 
 @contextmanager
@@ -109,9 +114,10 @@ def _quiet() -> Iterator[None]:
     """Without torchrun's log of tracebacks and tables, and with signals handled afterwards as they were before."""
     is_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in _SIGNALS} if is_main else {}
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(f"torch.distributed.elastic{name}") for name in ("", ".agent.server.api")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which would say so at length
     try:
@@ -119,6 +125,7 @@ def _quiet() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if before is None:
             del os.environ["OMP_NUM_THREADS"]

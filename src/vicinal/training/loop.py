@@ -51,7 +51,8 @@ class Trainer:
                 turn.objective.compile()
         self.called = replicate(task.turns, world, self.loop.parallel)
         self.optimizers = self._optimizers()
-        self.average = None if self.loop.ema_decay is None else Average(task.model, self.loop.ema_decay)
+        self.average: Average | None = None
+        self.restart_average()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.loop.precision == "float16")
 
     def _optimizers(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
@@ -144,6 +145,11 @@ class Trainer:
         if self.average is not None:
             stack.enter_context(self.average.applied())
         return _Left(stack)
+
+    def restart_average(self) -> None:
+        """Begin the average anew at the weights as they are now."""
+        if self.loop.ema_decay is not None:
+            self.average = Average(self.task.model, self.loop.ema_decay)
 
     def tensors(self) -> dict[str, Any]:
         """All that a checkpoint holds, as it is spread over the processes."""

@@ -22,6 +22,13 @@ class AdamW:
     epsilon: float = 1e-8
     scales: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_rates(self.learning_rate, self.weight_decay)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in 0 <= beta < 1, got {self.betas}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be above 0, got {self.epsilon}")
+
 
 @dataclass(frozen=True)
 class Sgd:
@@ -32,6 +39,18 @@ class Sgd:
     momentum: float = 0.9
     use_nesterov: bool = False
     scales: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_rates(self.learning_rate, self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in 0 <= m < 1, got {self.momentum}")
+
+
+def _check_rates(learning_rate: float, weight_decay: float) -> None:
+    if not 0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be at least 0 and finite, got {learning_rate}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be at least 0 and finite, got {weight_decay}")
 
 
 class Schedule(Protocol):
@@ -161,8 +180,13 @@ class Loop:
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "accumulation", "evaluate_every", "checkpoint_every", "keep", "log_every")
         for name in (*positive, "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"loop.{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"loop.{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("workers", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loop.{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"loop.seed must be in 0 .. 2**32 - 1, got {self.seed}")
         for name, allowed in (("precision", ("float32", "bfloat16", "float16")), ("parallel", ("ddp", "fsdp2"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"loop.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

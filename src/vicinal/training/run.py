@@ -80,27 +80,43 @@ class _Run:
         trainer, begin = self.trainer, time.perf_counter()
         step = self._open(resume)
         if step is None:
+            if resume:
+                self.report.say(
+                    f"{self.journal.folder} has no checkpoint to go on from: the run begins at its beginning"
+                )
             self.task.prepare(self.stream.training(0))
+            trainer.restart_average()  # of what `prepare` left
         else:
             tensors = trainer.tensors()
             facts = self.journal.store.facts(step)
             self.journal.store.load(step, tensors, self.world)
             trainer.take_over(tensors, facts)
             self.best, self.metrics = facts["best"], facts["metrics"]
+            if self.world.is_first and self.best:
+                self.journal.store.mark_best(self.best["step"])  # a kill may have come between the two
         self.report.begin(trainer.total, trainer.step, self._facts())
+        try:
+            self._steps()
+        finally:
+            self.report.end()  # a bar that is left alone leaves a terminal without its cursor
+        # also in a finished run that is resumed: its checkpoint is of before, and its weights are written again
+        torch.manual_seed(self.loop.seed)
+        with trainer.averaged():
+            self.task.finish(self.stream.training(0))
+        return self._outcome(time.perf_counter() - begin)
+
+    def _steps(self) -> None:
+        trainer = self.trainer
         pieces = self.stream.training(trainer.step)
         with stops(self.world) as asked:
             while trainer.step < trainer.total:
-                self._step(pieces)
-                if asked.is_set():
-                    self._save(is_best=False)
+                is_saved = self._step(pieces)
+                if asked.is_set() and trainer.step < trainer.total:
+                    if not is_saved:
+                        self._save(is_best=False)
                     raise Stopped(
                         f"stopped after step {trainer.step} of {trainer.total}, in good order; go on by --resume"
                     )
-        if step != trainer.total:
-            self.task.finish(self.stream.training(0))
-        self.report.end()
-        return self._outcome(time.perf_counter() - begin)
 
     def _open(self, resume: bool) -> int | None:
         """Every process takes the step that the first found, also where folders are shared late."""
@@ -129,7 +145,8 @@ class _Run:
             "steps_per_epoch": self.stream.steps_per_epoch,
         }
 
-    def _step(self, pieces: Iterator[Any]) -> None:
+    def _step(self, pieces: Iterator[Any]) -> bool:
+        """A step and what is due after it; whether that was a checkpoint."""
         trainer, begin = self.trainer, time.perf_counter()
         losses, rate = trainer.take_step(list(itertools.islice(pieces, self.loop.accumulation)))
         step, is_last = trainer.step, trainer.step == trainer.total
@@ -144,10 +161,10 @@ class _Run:
         self.report.step(step, self.loop.batch_size, numbers)
         if evaluates:
             self._save(is_best=self._evaluate())
-            if is_last or time.perf_counter() - self.drawn > DRAWING_PAUSE:
-                self._draw()
+            self._draw(is_last)
         elif saves:
             self._save(is_best=False)
+        return evaluates or saves
 
     def _check(self, numbers: dict[str, float]) -> None:
         odd = [name for name, value in numbers.items() if not math.isfinite(value)]
@@ -182,20 +199,28 @@ class _Run:
         if self.world.is_first:
             self.journal.write(line)
 
-    def _draw(self) -> None:
-        """Curves and predictions, where the packages for them are here."""
-        if not self.loop.pictures or self.world.processes > 1:  # of sharded models no process alone can draw
+    def _draw(self, is_last: bool) -> None:
+        """Curves and predictions, where the packages for them are here; at the end, and before it now and then.
+
+        Several processes draw at the end alone: all have to run a sharded model at once, but have clocks of their own.
+        """
+        is_due = self.world.mesh is None and time.perf_counter() - self.drawn > DRAWING_PAUSE
+        if not self.loop.pictures or not (is_last or is_due):
             return
         from vicinal.training import drawing
 
         with self.trainer.averaged():
             batch = next(self.test.evaluation())
             panels = self.task.draw(batch.to(self.world.device))[: drawing.PANELS]
+        if not self.world.is_first:
+            return
         try:
             drawing.save_panels(panels, self.journal.folder / "predictions.png")
             drawing.save_curves(read_lines(self.journal.metrics), self.journal.folder / "curves.png")
         except drawing.NothingToDrawWith as error:
             self.report.say(str(error))
+        except OSError as error:  # a disk without room for a picture may have room for what matters
+            self.report.say(f"{error.filename} could not be written: {error.strerror}")
         self.drawn = time.perf_counter()
 
     def _outcome(self, seconds: float) -> Outcome:
@@ -242,14 +267,19 @@ _SIGNS = ("closed by peer", "Connection reset", "Timed out", "timed out", "Timeo
 
 @contextmanager
 def _lost_processes(world: World, journal: Journal) -> Iterator[None]:
-    """Turn the many ways in which torch.distributed notices a lost process into one sentence."""
+    """Turn the many ways in which torch notices a lost process into one sentence."""
     try:
         yield
     except RuntimeError as error:
-        if world.mesh is None or not any(sign in str(error) for sign in _SIGNS):
-            raise
         steps = journal.store.steps()
         last = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        if "DataLoader worker" in str(error):
+            raise Stopped(
+                f"a process that reads samples ahead was lost ({' '.join(str(error).split())}); {last}; go on by "
+                "--resume, with fewer loop.workers if memory was short"
+            ) from error
+        if world.mesh is None or not any(sign in str(error) for sign in _SIGNS):
+            raise
         raise LostProcess(
             f"process {world.rank} of {world.processes} lost another one ({str(error).splitlines()[0]}); {last}; "
             "go on by --resume"

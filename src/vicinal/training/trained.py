@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from vicinal.data.dataset import Image, Info
 from vicinal.data.picture import SUFFIXES, read_picture
 from vicinal.data.stream import Stream
 from vicinal.models.checkpoint import read
-from vicinal.tasks.classification import ClassificationTask
+from vicinal.tasks.classification import Classification, ClassificationTask, Named
 from vicinal.tasks.protocol import Task
 from vicinal.training.recipe import Recipe
 from vicinal.training.written import from_plain
@@ -50,7 +51,7 @@ def opened(place: str | Path) -> tuple[Recipe, Info, Task, Path]:
     metadata = metadata_of(path)
     if "recipe" not in metadata or "info" not in metadata:
         raise ValueError(f"{path} does not say which recipe it is of: only files written by `vicinal train` do")
-    recipe, info = from_plain(json.loads(metadata["recipe"])), from_plain(json.loads(metadata["info"]))
+    recipe, info = _written(metadata["recipe"], path), _written(metadata["info"], path)
     assert isinstance(recipe, Recipe)
     task = recipe.task.build(info)
     task.model.load_state_dict(read(path, is_whole=True).state)
@@ -65,6 +66,18 @@ def load(place: str | Path) -> Trained:
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"{path} is of a {type(task).__name__}; only classifiers are asked what a picture is")
     return Trained(recipe, info, task, path)
+
+
+def _written(text: str, path: Path) -> Any:
+    """Part of a recipe from a weights file, without the checkpoint that its training began with: that may be gone."""
+    try:
+        made = from_plain(json.loads(text))
+    except (json.JSONDecodeError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"the recipe in {path} is not one of this version of vicinal: {error}") from None
+    task = getattr(made, "task", None)
+    if isinstance(task, Classification) and isinstance(task.model, Named):
+        return replace(made, task=replace(task, model=replace(task.model, pretrained=None)))
+    return made
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -102,6 +115,8 @@ def measured(task: Task, info: Info, recipe: Recipe, batch_size: int | None = No
 
 def predict(trained: Trained, images: Sequence[Image], names: Sequence[str] = (), k: int = 3) -> list[Prediction]:
     """The `k` best classes of each picture uint8 `[height, width, channels]`."""
+    if k < 1:
+        raise ValueError(f"k, the number of classes to name, must be at least 1, got {k}")
     found = []
     names = names or [str(number) for number in range(len(images))]
     for name, image in zip(names, images, strict=True):

@@ -74,8 +74,11 @@ def override(recipe: R, changes: Sequence[str]) -> R:
 def _changed(node: Any, path: list[str], text: str, key: str) -> Any:
     name, *rest = path
     if isinstance(node, Mapping):
-        if rest and name not in node:
+        holds_parts = any(dataclasses.is_dataclass(item) for item in node.values())
+        if name not in node and (rest or holds_parts):
             raise _unknown(key, path, list(node))
+        if not rest and holds_parts:
+            raise _has_parts(key, node[name])
         return {**node, name: _changed(node[name], rest, text, key) if rest else _literal(text)}
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ValueError(f"{key}: {'.'.join(path)} leads into a value, which has no parts")
@@ -86,10 +89,14 @@ def _changed(node: Any, path: list[str], text: str, key: str) -> Any:
     if rest:
         new = _changed(value, rest, text, key)
     elif dataclasses.is_dataclass(value):
-        raise ValueError(f"{key} has parts ({', '.join(f.name for f in dataclasses.fields(value))}): say which")
+        raise _has_parts(key, value)
     else:
         new = _parsed(text, typing.get_type_hints(type(node))[name], key)
     return dataclasses.replace(node, **{name: new})
+
+
+def _has_parts(key: str, value: Any) -> ValueError:
+    return ValueError(f"{key} has parts ({', '.join(field.name for field in dataclasses.fields(value))}): say which")
 
 
 def _unknown(key: str, path: list[str], names: list[str]) -> ValueError:
