@@ -145,13 +145,12 @@ def test_reference_refuses_what_would_not_fit_into_memory() -> None:
     assert any("dense mask" in reason for reason in explanation.refused["reference"])
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in backends.PREFERENCE if name not in backends.known(with_engines=True)]
-)
-def test_planned_back_end_refuses_by_name(name: str) -> None:
+def test_planned_back_end_refuses_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = {name: one for name, one in backends._BACKENDS.items() if name != "triton"}
+    monkeypatch.setattr(backends, "_BACKENDS", without)
     query = torch.zeros(1, 5, 1, 4)
-    with pytest.raises(BackendRefused, match=f"{name} is not part of this version"):
-        vicinal.attention(query, query, query, Near(3), backend=name)
+    with pytest.raises(BackendRefused, match="triton is not part of this version"):
+        vicinal.attention(query, query, query, Near(3), backend="triton")
 
 
 def test_no_back_end_at_all_lists_the_reasons_of_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,11 @@ OneFormer and Mask2Former (docs/oneformer.md), with the classes of their data se
 
 """
 
+GENERATORS = """
+Generators, which make images of what they get (docs/stylenat.md):
+
+"""
+
 
 def markdown() -> str:
     """The page.
@@ -32,9 +37,11 @@ def markdown() -> str:
     >>> "| `nat_mini` | 19,984,174 |" in markdown()
     True
     """
-    classifiers = registry.classifiers()
-    others = [name for name in registry.list_models() if name not in classifiers]
-    return HEAD + _table(sorted(classifiers)) + SEGMENTERS + _table(others)
+    families = registry.families()
+    parts = (("classifier", HEAD), ("segmenter", SEGMENTERS), ("generator", GENERATORS))
+    return "".join(
+        head + _table([name for name in registry.list_models() if families[name].kind == kind]) for kind, head in parts
+    )
 
 
 def _table(names: list[str]) -> str:
@@ -46,7 +53,7 @@ def _row(name: str) -> str:
         model = registry.create_model(name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sources = []
-    usual = registry.config_of(name).num_classes
+    usual = getattr(registry.config_of(name), "num_classes", None)  # a generator has none
     for one in registry.families()[name].published.get(name, ()):
         notes = [f"{key}={value!r}" for key, value in one.changes.items()]
         notes += [f"{one.num_classes} classes"] if one.num_classes != usual else []
