@@ -56,7 +56,7 @@ def _row(name: str) -> str:
     usual = getattr(registry.config_of(name), "num_classes", None)  # a generator has none
     for one in registry.families()[name].published.get(name, ()):
         notes = [f"{key}={value!r}" for key, value in one.changes.items()]
-        notes += [f"{one.num_classes} classes"] if one.num_classes != usual else []
+        notes += [f"{one.num_classes} classes"] if usual not in (None, one.num_classes) else []
         sources.append(one.source + (f" ({', '.join(notes)})" if notes else ""))
     return f"| `{name}` | {parameters:,} | {'<br>'.join(sources) or 'none known'} |"
 
