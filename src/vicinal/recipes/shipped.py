@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from vicinal.data.dataset import DataMissing
 from vicinal.data.memory import InMemory
 from vicinal.training.trained import Trained, load
 
 FOLDER = Path(__file__).with_name("weights")
 
+GENERATOR = "stylenat_fashion_mnist"
+"""The recipe of the generator that comes with the library."""
 SEGMENTER = "scenes_oneformer"
 """The segmentation model among them."""
 
@@ -39,3 +42,14 @@ def sample(model: Trained) -> InMemory:
     """
     with np.load(FOLDER / "fashion_mnist_sample.npz") as held:
         return InMemory(model.info, held["images"][..., None], held["labels"])
+
+
+def shipped_generator() -> Path:
+    """The weights of a small generator; `weights/NAME.md` is their card."""
+    path = FOLDER / f"{GENERATOR}.safetensors"
+    if not path.is_file():
+        raise DataMissing(
+            "no generator's weights come with this version of the library: train some (vicinal train "
+            f"{GENERATOR}) or give a file of your own"
+        )
+    return path

@@ -47,7 +47,7 @@ def opened(place: str | Path) -> tuple[Recipe, Info, Task, Path]:
         path = path / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"there is no {path}; a run folder has one when its training has ended")
-    metadata = _metadata(path)
+    metadata = metadata_of(path)
     if "recipe" not in metadata or "info" not in metadata:
         raise ValueError(f"{path} does not say which recipe it is of: only files written by `vicinal train` do")
     recipe, info = from_plain(json.loads(metadata["recipe"])), from_plain(json.loads(metadata["info"]))
@@ -67,7 +67,8 @@ def load(place: str | Path) -> Trained:
     return Trained(recipe, info, task, path)
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
     from safetensors import SafetensorError, safe_open
 
     try:
