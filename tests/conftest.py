@@ -15,6 +15,10 @@ import torch
 
 from vicinal.measure.peers.installed import mend_torchvision
 
+if not torch.cuda.is_available():
+    # must be there before anything imports Triton, whose own functions are made for one or the other when it is
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 mend_torchvision()
 
 # On a laptop every run draws new examples; in CI a failure must come back when the run is repeated.

@@ -12,7 +12,7 @@ from .tolerance import assert_agrees, judge, run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-every_backend = pytest.mark.parametrize("backend", backends.known())
+every_backend = pytest.mark.parametrize("backend", backends.usable())
 every_device = pytest.mark.parametrize("device", DEVICES)
 
 

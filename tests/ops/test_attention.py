@@ -18,7 +18,7 @@ from vicinal.pattern import Full, Near, Same, Window, heads, union
 from .problems import PROBLEMS, SAMPLE, Problem, arguments, draw, draw_grads
 from .tolerance import assert_agrees, judge, run, with_gradients
 
-every_backend = pytest.mark.parametrize("backend", backends.known())
+every_backend = pytest.mark.parametrize("backend", backends.usable())
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

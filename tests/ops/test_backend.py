@@ -162,7 +162,7 @@ def test_no_back_end_at_all_lists_the_reasons_of_each(monkeypatch: pytest.Monkey
         backends.choose(dataclasses.replace(PROBLEM, num_members=2), None)
 
 
-@pytest.mark.parametrize("name", backends.known())
+@pytest.mark.parametrize("name", backends.usable())
 def test_named_back_end_is_the_one_that_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     found = backends.find

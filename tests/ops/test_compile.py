@@ -15,7 +15,7 @@ from vicinal.pattern import Bounds, Full, Near, Window, bounds, heads, union
 
 from .problems import SAMPLE, Problem, Tensors, arguments, draw, draw_grads
 
-every_backend = pytest.mark.parametrize("backend", backends.known())
+every_backend = pytest.mark.parametrize("backend", backends.usable())
 
 GLOBAL = heads(Near(3), union(Near(3, dilation=2), Window(4)))
 

@@ -14,7 +14,7 @@ from vicinal.pattern import Full, Near, Window, heads
 from .problems import Problem, arguments, draw, draw_grads
 from .tolerance import run
 
-every_backend = pytest.mark.parametrize("backend", backends.known())
+every_backend = pytest.mark.parametrize("backend", backends.usable())
 
 
 def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -101,7 +101,10 @@ def _parser() -> Parser:
     _add_weights(commands)
     _add_train(commands)
     _add_trained(commands)
+    _add_segment(commands)
     _add_data(commands)
+    _add_distance(commands)
+    _add_generate(commands)
     return parser
 
 
@@ -258,12 +261,45 @@ def _add_trained(commands: Any) -> None:
     parser.add_argument(
         "changes", nargs="*", metavar="KEY=VALUE", help="changes to its recipe, such as data.folder=..."
     )
+    of = parser.add_argument_group("of generators: Fréchet distance, precision and recall")
+    of.add_argument(
+        "--inception", metavar="FILE", help="weights of pytorch-fid's Inception; EfficientNet-Lite0 without"
+    )
+    of.add_argument("--size", type=int, metavar="N", help="pixels a side that EfficientNet-Lite0 looks at (224)")
+    of.add_argument("--count", type=int, metavar="N", help="pictures, and as many real ones (10000)")
+    of.add_argument("--split", choices=("test", "train"), help="where the real ones are from (test)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON and nothing else")
     parser = _add(commands, "predict", "what a trained model takes pictures for", predict)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, or folders of them")
     parser.add_argument("--model", required=True, help="a run folder, or a model.safetensors of one")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="how many classes (3 by default)")
     parser.add_argument("--save", metavar="FILE", help="also draw the pictures with their best class (.png)")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+def _add_segment(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import segment
+
+        segment.run(options)
+
+    parser = _add(commands, "segment", "what is where in pictures and videos: overlays, masks and JSON", run)
+    parser.add_argument("places", nargs="+", metavar="PLACE", help="pictures, videos, or folders of them")
+    parser.add_argument(
+        "--task", default="panoptic", choices=("panoptic", "semantic", "instance"), help="panoptic by default"
+    )
+    what = parser.add_argument_group("model")
+    what.add_argument(
+        "--weights", metavar="FILE", help="a run folder or weights file; the library's small one by default"
+    )
+    what.add_argument("--model", metavar="NAME", help="with published weights: the name in the list of models")
+    what.add_argument("--names", metavar="FILE", help="with --model: names of classes, one a line, * before things")
+    what.add_argument("--score", type=float, metavar="S", help="the least score that counts; as published by default")
+    how = parser.add_argument_group("how")
+    how.add_argument("--size", type=int, metavar="N", help="pixels of the short side that the model sees")
+    how.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="F", help="several sizes (semantic)")
+    how.add_argument("--flip", action="store_true", help="mirrored too (semantic)")
+    parser.add_argument("--out", default="segmented", metavar="FOLDER", help="where files go (segmented by default)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
 
 
@@ -280,6 +316,60 @@ def _add_data(commands: Any) -> None:
     )
     parser.add_argument("--check", action="store_true", help="read every sample and name those that cannot be read")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+def _add_distance(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import distance
+
+        distance.run(options)
+
+    parser = _add(commands, "distance", "how far generated pictures are from real ones: Fréchet distance and more", run)
+    parser.add_argument("real", metavar="REAL", help="a folder of pictures")
+    parser.add_argument("generated", metavar="GENERATED", help="another")
+    parser.add_argument(
+        "--inception",
+        metavar="FILE",
+        help="weights of pytorch-fid's Inception, for published distances; EfficientNet-Lite0 without",
+    )
+    parser.add_argument("--size", type=int, metavar="N", help="pixels a side that EfficientNet-Lite0 looks at (224)")
+    parser.add_argument("--k", type=int, default=3, metavar="K", help="neighbors of precision and recall (3)")
+    parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="pictures at a time (50)")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+GENERATE_HELP = """
+A seed gives the same PNG, bit for bit, on one machine with one --batch-size and one number of threads.
+A change is KEY=VALUE and needs --model: --model stylenat_ffhq256 --weights FILE image_size=64
+"""
+
+
+def _add_generate(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import generate
+
+        generate.run(options)
+
+    parser = _add(commands, "generate", "draw pictures from a generator", run, GENERATE_HELP)
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="changes to the model's configuration")
+    parser.add_argument("--weights", metavar="FILE", help="those that come with the library by default")
+    parser.add_argument("--model", metavar="NAME", help="the model's name, where the weights do not tell it")
+    parser.add_argument("--untrained", action="store_true", help="fresh weights: noise, to see what --model costs")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture (0)")
+    parser.add_argument("--count", type=int, default=16, metavar="N", help="pictures, one seed each (16)")
+    parser.add_argument("--truncation", type=float, default=1.0, metavar="T", help="0 .. 1; off (1) by default")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (16 for small ones, else 1)")
+    parser.add_argument("--device", help="cpu, cuda, ... (cuda where there is one)")
+    out = parser.add_argument_group("what to write (files in the folder `generated` if nothing is said)")
+    out.add_argument("--out", metavar="FOLDER", help="a file SEED.png for each")
+    out.add_argument("--grid", metavar="FILE", help="all of them on one sheet (.png)")
+    out.add_argument("--columns", type=int, metavar="N", help="of the sheet (as many as rows by default)")
+    out.add_argument("--video", metavar="FILE", help="a walk through the seeds: .mp4 (vicinal[video]), .gif or .png")
+    out.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of the walk from seed to seed (1)")
+    out.add_argument("--fps", type=float, default=24, metavar="N", help="frames a second (24)")
+    out.add_argument("--attention", metavar="FILE", help="where the head groups look in the first picture (.png)")
+    out.add_argument("--zoom", type=int, metavar="N", help="enlarge on sheets and in films (small ones to 128 pixels)")
+    out.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
 
 
 if __name__ == "__main__":

@@ -202,6 +202,11 @@ def resized(image: Image, height: int, width: int, filter_name: str = "BICUBIC")
     >>> resized(np.zeros((4, 6, 3), np.uint8), 8, 12).shape
     (8, 12, 3)
     """
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"an image to be resized has 1 or 3 channels, got {image.shape[-1]}; layered pictures, whose truth must "
+            "not be mixed, are resized by ScaleJitter or ShortSide"
+        )
     module = pillow()
     picture = module.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     pixels = np.asarray(picture.resize((width, height), getattr(module.Resampling, filter_name)), np.uint8)

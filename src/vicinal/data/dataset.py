@@ -22,7 +22,8 @@ class DataMissing(ValueError):
 class Info:
     """Facts about a data set: names of its classes, channels, and the mean and deviation of pixels in 0..1.
 
-    `image_size` is (height, width), or None where images differ.
+    `image_size` is (height, width), or None where images differ. Of data to be segmented, `things` are the classes that
+    are counted one by one, and samples are layered pictures (`vicinal.data.layers`).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Info:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: tuple[int, int] | None = None
+    things: tuple[str, ...] = ()
 
 
 class Dataset(Protocol):

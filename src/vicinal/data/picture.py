@@ -25,6 +25,8 @@ def pillow() -> Any:
 def read_picture(source: Path | bytes, channels: int, name: str = "") -> Image:
     """Pixels `[height, width, channels]`; gray becomes color or color gray, 16 bits become 8, alpha is put on white.
 
+    What a camera took on its side is turned.
+
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
     ...     pillow().new("L", (5, 4), 128).save(file.name)
@@ -37,12 +39,19 @@ def read_picture(source: Path | bytes, channels: int, name: str = "") -> Image:
     try:
         with module.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             picture.load()
-            return _pixels(_eight_bits(picture, module), channels, module)
+            return _pixels(_eight_bits(_upright(picture), module), channels, module)
     except (OSError, SyntaxError, ValueError, module.DecompressionBombError) as error:
         place = name or str(source if isinstance(source, Path) else "a picture")
         if isinstance(error, FileNotFoundError):
             raise DataMissing(f"there is no picture {place}") from None
         raise DataMissing(f"{place} cannot be read as a picture ({error}); repair or remove it") from None
+
+
+def _upright(picture: Any) -> Any:
+    """As it is to be looked at: cameras store the turn beside the pixels."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(picture)
 
 
 def _eight_bits(picture: Any, module: Any) -> Any:

@@ -13,6 +13,8 @@ from vicinal.data.dataset import Info as Facts
 from vicinal.data.folders import FolderDataset, class_names
 from vicinal.data.idx import read_idx
 from vicinal.data.memory import InMemory
+from vicinal.data.panoptic_files import Ade20k, Cityscapes, CocoPanoptic
+from vicinal.data.scenes import Scenes
 from vicinal.data.shards import ShardDataset
 
 FASHION_VARIABLE = "VICINAL_FASHION_MNIST"
@@ -214,5 +216,9 @@ SOURCES: dict[str, Source] = {
     "digits": Digits(),
     "folders": ImageFolders(),
     "shards": Shards(),
+    "scenes": Scenes(),
+    "ade20k": Ade20k(),
+    "cityscapes": Cityscapes(),
+    "coco_panoptic": CocoPanoptic(),
 }
 """The sources by the names that `vicinal data` takes."""

@@ -41,20 +41,54 @@ class GridBatchNorm(nn.BatchNorm2d):
         return channels_last(super().forward(channels_first(inputs)))
 
 
+class GridInstanceNorm(nn.Module):
+    """One mean and variance per sample and channel over the whole grid, channels last, without parameters.
+
+    >>> out = GridInstanceNorm()(torch.randn(2, 5, 6, 8) + 3)
+    >>> out.shape, bool(out.mean((1, 2)).abs().max() < 1e-5)
+    (torch.Size([2, 5, 6, 8]), True)
+    """
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same shape; the statistics in single precision at least."""
+        axes = tuple(range(1, inputs.dim() - 1))
+        exact = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        centered = exact - exact.mean(axes, keepdim=True)
+        variance = centered.square().mean(axes, keepdim=True)
+        return (centered * (variance + self.eps).rsqrt()).to(inputs.dtype)
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the module."""
+        return f"eps={self.eps}"
+
+
 class Modulated(nn.Module):
     """A norm whose output a condition scales and shifts: `norm(x) * (offset + gain) + shift`.
 
-    `offset` 1 is FiLM and adaLN, 0 is StyleNAT's AdaIN. The condition is `[batch, condition_dim]`.
+    `offset` 1 is FiLM and adaLN, 0 is StyleNAT's AdaIN. The condition is `[batch, condition_dim]`; `affine` maps it to
+    gains and shifts `[batch, 2 * dim]`, a linear layer where none is given.
 
     >>> norm = Modulated(torch.nn.LayerNorm(8, elementwise_affine=False), 8, condition_dim=4)
     >>> norm(torch.randn(2, 5, 6, 8), torch.randn(2, 4)).shape
     torch.Size([2, 5, 6, 8])
     """
 
-    def __init__(self, norm: nn.Module, dim: int, condition_dim: int, *, offset: float = 1.0) -> None:
+    def __init__(
+        self,
+        norm: nn.Module,
+        dim: int,
+        condition_dim: int,
+        *,
+        offset: float = 1.0,
+        affine: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.norm = norm
-        self.affine = nn.Linear(condition_dim, 2 * dim)
+        self.affine = nn.Linear(condition_dim, 2 * dim) if affine is None else affine
         self.offset = offset
 
     def forward(self, inputs: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

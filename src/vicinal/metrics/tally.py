@@ -63,6 +63,24 @@ def across_processes(tally: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def rows_across_processes(rows: torch.Tensor) -> torch.Tensor:
+    """The rows `[rows, features]` of all processes, in the order of their ranks; each may have another number of them.
+
+    >>> rows_across_processes(torch.ones(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return rows
+    mine = torch.tensor([len(rows)], device=rows.device)
+    sizes = [torch.zeros_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(sizes, mine)
+    most = max(int(size) for size in sizes)
+    filled = torch.cat([rows, rows.new_zeros(most - len(rows), rows.shape[1])])
+    parts = [torch.zeros_like(filled) for _ in sizes]
+    distributed.all_gather(parts, filled)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
 def sample_weights(outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Weights `[batch]` in float64, after a look at the shapes of scores `[batch, classes]` and labels `[batch]`."""
     if outputs.dim() != 2 or targets.shape != outputs.shape[:1]:

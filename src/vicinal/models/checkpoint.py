@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from vicinal.models.layout import State
 
-_CONTAINERS = ("model", "state_dict", "state_dict_ema", "model_state_dict")
+_CONTAINERS = ("model", "state_dict", "state_dict_ema", "model_state_dict", "state_dicts", "g_ema")
 _WHOLE_PREFIXES = ("module.", "_orig_mod.", "model.")
 """Taken off where every name has it: what parallel training, compilation and Lightning put around a model."""
 
@@ -25,6 +26,7 @@ _PREFIXES = (
     "backbone.",
     "encoder.backbone.",
     "model.pixel_level_module.encoder.",
+    "generator.",  # a generator beside the discriminator it was trained with
     "pixel_level_module.encoder.",  # where all names began with "model."
 )
 _DEEPEST = 4
@@ -41,10 +43,11 @@ class Checkpoint:
     wrappers: tuple[str, ...] = ()
 
 
-def read(path: str | Path, *, is_whole: bool = False) -> Checkpoint:
+def read(path: str | Path, container: str | None = None, *, is_whole: bool = False) -> Checkpoint:
     """The tensors of a safetensors file or of a torch file; a torch file may hold nothing but tensors and plain values.
 
-    Of a detector or a segmenter only the backbone is read, unless `is_whole`.
+    Of a detector or a segmenter only the backbone is read, unless `is_whole`. `container` names what to take of a file
+    that holds several models ("d", the discriminator of a GAN).
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
@@ -57,7 +60,7 @@ def read(path: str | Path, *, is_whole: bool = False) -> Checkpoint:
         start = file.read(9)
     # a safetensors file begins with the length of its header, 8 bytes, and the header, whatever its name says
     content = _read_safetensors(path) if path.suffix == ".safetensors" or start[8:] == b"{" else _read_torch(path)
-    return unwrap(content, is_whole=is_whole)
+    return unwrap(content, container, is_whole=is_whole)
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -74,7 +77,9 @@ def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about protocols and archives; what is wrong is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # training scripts put their settings beside the weights, in an object that holds values and does nothing
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - bytes that are no checkpoint make the unpickler raise nearly anything
@@ -86,14 +91,15 @@ def _read_torch(path: Path) -> Any:
         ) from None
 
 
-def unwrap(content: Any, *, is_whole: bool = False) -> Checkpoint:
-    """The tensors in what a file holds; of a detector or a segmenter the backbone's, unless `is_whole`.
+def unwrap(content: Any, container: str | None = None, *, is_whole: bool = False) -> Checkpoint:
+    """The tensors in what a file holds; `container` and `is_whole` as in `read`.
 
     >>> unwrap({"state_dict": {"backbone.a": torch.ones(1), "decode_head.b": torch.ones(1)}}).state.keys()
     dict_keys(['a'])
     """
     wrappers: list[str] = []
-    state = _tensors(content, wrappers)
+    names = _CONTAINERS if container is None else ("state_dicts", container)
+    state = _tensors(content, wrappers, names)
     if not isinstance(content, Mapping):
         raise ValueError(f"a checkpoint must hold named tensors, got {type(content).__name__}")
     if not state:
@@ -102,9 +108,8 @@ def unwrap(content: Any, *, is_whole: bool = False) -> Checkpoint:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
             wrappers.append(prefix)
-    for prefix in (
-        () if is_whole else _PREFIXES
-    ):  # once each: the heads of a detector, which have another name, are left out
+    # once each: the heads of a detector, which have another name, are left out
+    for prefix in () if is_whole else _PREFIXES:
         inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         if inside:
             state = inside
@@ -112,13 +117,13 @@ def unwrap(content: Any, *, is_whole: bool = False) -> Checkpoint:
     return Checkpoint(state, tuple(wrappers))
 
 
-def _tensors(content: Any, wrappers: list[str], depth: int = 0) -> State:
+def _tensors(content: Any, wrappers: list[str], names: Sequence[str], depth: int = 0) -> State:
     """The named tensors in the innermost container; a container without any (a configuration) is passed over."""
     if not isinstance(content, Mapping) or depth > _DEEPEST:
         return {}
-    for name in _CONTAINERS:
+    for name in names:
         inner: list[str] = []
-        found = _tensors(content.get(name), inner, depth + 1)
+        found = _tensors(content.get(name), inner, names, depth + 1)
         if found:
             wrappers += [f'["{name}"]', *inner]
             return found

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from vicinal.models.layout import Layout
@@ -29,14 +30,17 @@ class Published:
 class Family:
     """Named configurations, `build` from one of them to a model, and the layouts of weights elsewhere.
 
-    A classifier is a `Pyramid`. A segmenter is a `OneFormer`, whose checkpoints are whole models, backbone and all.
-    `classifier` begins the names of what depends on the number of classes, and `extra_classes` it has beside them.
+    A classifier is a `Pyramid`. A segmenter is a `OneFormer`, whose checkpoints are whole models, backbone and all. A
+    generator makes images. `classifier` begins the names of what depends on the number of classes, and
+    `extra_classes` it has beside them. `hint` says in words what a checkpoint that does not fit a model looks like, or
+    gives nothing.
     """
 
     variants: Mapping[str, Any]
     build: Callable[[Any], nn.Module]
     layouts: Mapping[str, Layout]
     published: Mapping[str, tuple[Published, ...]] = field(default_factory=dict)
-    kind: Literal["classifier", "segmenter"] = "classifier"
+    kind: Literal["classifier", "segmenter", "generator"] = "classifier"
     classifier: str = "head.classifier."
     extra_classes: int = 0
+    hint: Callable[[Mapping[str, torch.Tensor], nn.Module], str] = lambda state, model: ""

@@ -108,11 +108,15 @@ class Layout:
     derived: Callable[[Mapping[str, torch.Tensor]], State] = field(default=lambda state: {})
 
     def pairs(self, names: Iterable[str]) -> list[Rule]:
-        """Which of our names become which of theirs: rules without templates."""
+        """Which of our names become which of theirs: rules without templates.
+
+        A rule for several of ours holds where all of them are there; so the next one may say what holds elsewhere.
+        """
         wanted = dict.fromkeys(names)
         found = []
         for name in wanted:
-            pair = next((pair for one in self.rules if (pair := _apply(one, name)) is not None), None)
+            pairs = (pair for one in self.rules if (pair := _apply(one, name)) is not None)
+            pair = next((pair for pair in pairs if all(ours in wanted for ours in pair.ours)), None)
             if pair is None:
                 raise AssertionError(f"no rule for {name}")
             if pair.ours[0] == name:  # a pair of several is found once, at its first name

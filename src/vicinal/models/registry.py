@@ -39,6 +39,7 @@ MODULES = (
     "oneformer.swin",
     "oneformer.convnext",
     "oneformer.mask2former",
+    "stylenat",
 )
 """Files of `vicinal.models` that hold a FAMILY."""
 
@@ -114,6 +115,8 @@ def create_model(
 ) -> nn.Module:
     """A model by name: images `[batch, 3, height, width]` to logits, or to a list of feature maps.
 
+    The `stylenat` names are generators, from latents `[batch, 512]` to images.
+
     >>> model = vicinal.create_model("dinat_mini", num_classes=10, dilations="max")
     >>> model(torch.randn(1, 3, 64, 64)).shape
     torch.Size([1, 10])
@@ -133,9 +136,11 @@ def create_model(
     classes = {} if num_classes is None else {"num_classes": num_classes}
     config = config_of(name, **overrides, **classes)
     family = families()[name]
-    if features_only and family.kind != "classifier":
+    if features_only and family.kind == "segmenter":
         raise ValueError(f"features_only: {name} gives segments; take the maps of its backbone, {config.backbone!r}")
-    model = family.build(config)
+    if features_only and family.kind == "generator":
+        raise ValueError(f"features_only is for models that take images; {name} makes them")
+    model: nn.Module = family.build(config)
     if features_only:
         assert isinstance(model, Pyramid)
         model = Features(model, **options)
@@ -157,7 +162,8 @@ def _load(
     try:
         loading.load(model, state, family, use_classifier=not fresh_head, resize_bias=resize_bias)
     except loading.CheckpointMismatch as error:
-        raise loading.CheckpointMismatch(f"{name} from {pretrained}: {error}", error.fit) from None
+        hint = family.hint(state, model)
+        raise loading.CheckpointMismatch(f"{name} from {pretrained}: {hint}{error}", error.fit) from None
 
 
 def classes_of(state: Mapping[str, torch.Tensor], family: Family) -> int | None:

@@ -1,6 +1,6 @@
 """The operator: its public calls, what it checks, and the back ends that compute it."""
 
-from vicinal.ops import cpu, engines, flop_formula, reference, tiled
+from vicinal.ops import cpu, engines, flop_formula, reference, tiled, triton
 from vicinal.ops.api import attention
 from vicinal.ops.backend import BackendRefused
 from vicinal.ops.explain import Explanation, explain
@@ -28,4 +28,5 @@ __all__ = [
     "reference",
     "simulate",
     "tiled",
+    "triton",
 ]

@@ -170,7 +170,9 @@ class Backend:
     problem would be cut up. `reason_missing` tells why this installation or machine lacks what the back end
     needs, None where it has it; it is first asked when a call comes. `further_refusals` tells what no
     `Capability` can. A back end that can, but does not lead (`leads`), is tried after our own kernels for the GPU, and
-    one that is there `only_by_name` never. An engine (`is_engine`) hands problems to somebody else's kernels.
+    one that is there `only_by_name` never. An engine (`is_engine`) hands problems to somebody else's kernels. `plan`
+    looks at the bounds (None where samples differ and the padded grid takes no pattern) before a call and may leave
+    integers in its layout.
     """
 
     name: str
@@ -184,6 +186,7 @@ class Backend:
     leads: Callable[[Problem], bool] = _always
     only_by_name: Callable[[Problem], bool] = _never
     is_engine: bool = False
+    plan: Callable[[Problem, Any], tuple[int, ...]] | None = None
 
     def refusals(self, problem: Problem) -> list[str]:
         """All reasons why the back end cannot take the problem; none means it can."""
@@ -208,6 +211,13 @@ def register(backend: Backend) -> None:
 def known(*, with_engines: bool = False) -> tuple[str, ...]:
     """Names of our own back ends of this installation, in the order of preference; those of engines too if asked."""
     return tuple(name for name in PREFERENCE if name in _BACKENDS and (with_engines or not _BACKENDS[name].is_engine))
+
+
+def usable() -> tuple[str, ...]:
+    """Names of the back ends that take an ordinary problem on some device of this machine."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    plain = [Problem(device, torch.float32, (8, 8), (8, 8), 1, 1, 32, 32) for device in devices]
+    return tuple(name for name in known() if any(not _BACKENDS[name].refusals(problem) for problem in plain))
 
 
 def find(name: str) -> Backend:

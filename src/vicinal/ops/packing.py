@@ -67,10 +67,11 @@ class GroupLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the host knows of a packed table."""
+    """What the host knows of a packed table, and whatever the chosen back end planned by the pattern."""
 
     rank: int
     groups: tuple[GroupLayout, ...]
+    plan: tuple[int, ...] = ()
 
     @property
     def heads(self) -> int:
@@ -99,7 +100,7 @@ class Layout:
             numbers += itertools.chain.from_iterable(
                 (axis.step, int(axis.wraps), axis.most) for member in group.members for axis in member
             )
-        return tuple(numbers)
+        return (*numbers, *self.plan)
 
     @functools.cached_property
     def words(self) -> array.array[int]:
@@ -130,7 +131,7 @@ def _unpack(numbers: tuple[int, ...]) -> Layout:
             for _ in range(num_members)
         )
         groups.append(GroupLayout(num_heads, members, bias if bias[0] else None))
-    return Layout(rank, tuple(groups))
+    return Layout(rank, tuple(groups), tuple(stream))
 
 
 def layout_of(bounds: Bounds, num_heads: int) -> Layout:

@@ -6,6 +6,7 @@ constants; patterns reach them as nested tuples (`pattern.key`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from vicinal.ops.backend import Problem, check_name, choose
+from vicinal.ops.backend import Problem, check_name, choose, find
 from vicinal.ops.neighborhood import neighborhood_of
 from vicinal.ops.operator import library
 from vicinal.ops.packing import Layout, layout_of, layout_of_padded, ordinary_tensors, pack_tables
@@ -58,7 +59,20 @@ def problem_layout(key: Key, grid: Grid, key_grid: Grid, heads: int, padded: boo
 @functools.lru_cache(maxsize=1024)
 def _choose(key: Key, problem_sizes: tuple[Any, ...], name: str | None) -> tuple[tuple[int, ...], str]:
     problem, layout = make_problem(key, *problem_sizes)
-    return layout.packed, choose(problem, name)
+    chosen_name = choose(problem, name)
+    plan = find(chosen_name).plan
+    if plan is not None:
+        layout = dataclasses.replace(layout, plan=plan(problem, _bounds_or_none(key, problem)))
+    return layout.packed, chosen_name
+
+
+def _bounds_or_none(key: Key, problem: Problem) -> Bounds | None:
+    try:
+        return bounds_of_key(key, problem.grid, problem.key_grid)
+    except ValueError:
+        if problem.has_grids:  # a padded grid need not suit a pattern that suits its samples
+            return None
+        raise
 
 
 @constant

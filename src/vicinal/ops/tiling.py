@@ -115,6 +115,25 @@ def cut(table: AxisTable, tile: int, *, aligned: bool = False, even: bool = True
     return _cover(table, query, is_query)
 
 
+def cut_evenly(table: AxisTable, pitch: int, phase: int = 0) -> AxisTiles:
+    """Cut every residue class of an axis each `pitch` queries, the first tile `phase` queries short.
+
+    >>> tiles = cut_evenly(AxisTable.of(Window(4, shift=2), 8), 4, phase=2)
+    >>> tiles.query[tiles.is_query].tolist(), tiles.is_query.sum(1).tolist(), tiles.size.tolist()
+    ([0, 1, 2, 3, 4, 5, 6, 7], [2, 4, 2], [2, 4, 2])
+    """
+    firsts, lengths = [], []
+    for residue in range(min(table.step, len(table))):
+        members = -(-(len(table) - residue) // table.step)
+        edges = np.clip(np.arange(-phase, members + pitch, pitch), 0, members)
+        lengths.append(np.diff(edges)[np.diff(edges) > 0])
+        firsts.append(residue + table.step * edges[:-1][np.diff(edges) > 0])
+    length = np.concatenate(lengths)[:, None]
+    place = np.arange(pitch)[None]
+    query = np.concatenate(firsts)[:, None] + table.step * np.minimum(place, length - 1)
+    return _cover(table, query, place < length)
+
+
 def _cover(table: AxisTable, query: Integers, is_query: Booleans) -> AxisTiles:
     """Add to tiles of queries the least interval of keys that each needs."""
     start, count = table.start[query], table.count[query]

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vicinal.recipes import full, small
+from vicinal.recipes import full, generators, segmentation, small
 from vicinal.training.recipe import Recipe
 from vicinal.training.written import override
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    function.__name__: function for module in (small, full) for function in module.RECIPES
+    function.__name__: function for module in (small, segmentation, full, generators) for function in module.RECIPES
 }
 """The recipes that come with the library."""
 

@@ -42,13 +42,15 @@ class Turn:
     """One optimizer's share of a step.
 
     `objective` maps `(batch, moment)` to `Losses`; its parameters that require gradients are moved. Turns with the
-    same `optimizer` share one. A turn is taken at every step that `every` divides.
+    same `optimizer` share one. A turn is taken at every step that `every` divides. `is_clipped` says whether the
+    recipe's limit on the gradient's norm holds for it; a lazy penalty is meant to be as strong as it comes.
     """
 
     name: str
     objective: nn.Module
     optimizer: str = "main"
     every: int = 1
+    is_clipped: bool = True
 
 
 @dataclass(frozen=True)

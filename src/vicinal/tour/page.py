@@ -236,10 +236,14 @@ def _system_row(row: Row, images: Mapping[str, str]) -> str:
     note = f"<small>{html.escape(outcome.note)}</small>" if outcome.note else ""
     return (
         f'<tr class="system"><td><img src="{html.escape(images[system.name])}" alt=""></td>{what}{note}</td>'
-        f'<td class="right"><b>{outcome.number:g}</b><small>{html.escape(outcome.unit)}</small></td>'
-        f'<td class="right">{outcome.baseline:g}<small>{html.escape(outcome.baseline_name)}</small></td>'
+        f'<td class="right"><b>{_number(outcome.number)}</b><small>{html.escape(outcome.unit)}</small></td>'
+        f'<td class="right">{_number(outcome.baseline)}<small>{html.escape(outcome.baseline_name)}</small></td>'
         f'<td class="right">{row.seconds:.1f}</td></tr>'
     )
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:g}"
 
 
 def _footer(contents: Contents) -> str:

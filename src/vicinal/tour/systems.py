@@ -13,12 +13,13 @@ class Outcome:
     """What a system's row shows: a picture made just now, and one number beside its baseline.
 
     `picture` is a file in the folder that `run` was given, `unit` says what the number counts (`"top-1 accuracy, %"`)
-    and `baseline_name` what the baseline is. `note` says what a reader must know, such as the data.
+    and `baseline_name` what the baseline is. `note` says what a reader must know, such as the data. Numbers are None
+    where nothing was measured.
     """
 
     picture: Path
-    number: float
-    baseline: float
+    number: float | None
+    baseline: float | None
     unit: str
     baseline_name: str
     note: str = ""
@@ -60,6 +61,18 @@ def _dinat(folder: Path) -> Outcome:
     return show_dinat(folder)
 
 
+def _stylenat(folder: Path) -> Outcome:
+    from vicinal.tour.generate import show_stylenat
+
+    return show_stylenat(folder)
+
+
+def _oneformer(folder: Path) -> Outcome:
+    from vicinal.tour.segment import show_oneformer
+
+    return show_oneformer(folder)
+
+
 SYSTEMS: tuple[System, ...] = (
     System(
         name="NAT",
@@ -86,12 +99,14 @@ SYSTEMS: tuple[System, ...] = (
         paper="StyleNAT: Giving Each Head a New Perspective",
         published="arXiv 2211.05770",
         purpose="generate images; groups of heads look through windows of their own",
+        run=_stylenat,
     ),
     System(
         name="OneFormer",
         paper="OneFormer: One Transformer to Rule Universal Image Segmentation",
         published="CVPR 2023",
         purpose="semantic, instance and panoptic segmentation from one model",
+        run=_oneformer,
     ),
     System(
         name="Cosmos-Transfer1",

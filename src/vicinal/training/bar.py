@@ -68,7 +68,8 @@ class Bar:
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """The metric, on the bar or as a line."""
-        self.last = f"{self.metric} {metrics[self.metric]:.2%}  " if self.metric in metrics else ""
+        name = self.metric if self.metric in metrics else next(iter(metrics), "")
+        self.last = f"{name} {metrics[name]:.2%}  " if name else ""
         if self.progress is None and self.console is not None:
             self.console.print(f"step {step}/{self.total}: {self._words()}, {self._left()} left")
         elif self.progress is not None:

@@ -114,7 +114,7 @@ class Trainer:
 
     def _move(self, turn: Turn, optimizer: torch.optim.Optimizer) -> None:
         self.scaler.unscale_(optimizer)
-        if self.loop.clip_norm is not None:
+        if self.loop.clip_norm is not None and turn.is_clipped:
             clip([parameter for group in optimizer.param_groups for parameter in group["params"]], self.loop.clip_norm)
         self.scaler.step(optimizer)
         self.scaler.update()

@@ -106,6 +106,27 @@ class Poly:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Constant over the first `hold` of the run, then linear to `final`.
+
+    >>> [round(Held(hold=0.5).factor(epoch, 10), 3) for epoch in (0, 5, 7.5, 10)]
+    [1.0, 1.0, 0.5, 0.0]
+    """
+
+    hold: float = 0.775
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hold < 1:
+            raise ValueError(f"hold must be a share of the run in 0 <= h < 1, got {self.hold}")
+
+    def factor(self, epoch: float, epochs: float) -> float:
+        """At a time in epochs, of a run that long."""
+        share = min(epoch / max(epochs, 1e-9), 1.0)
+        return 1.0 - (1.0 - self.final) * max(share - self.hold, 0.0) / (1.0 - self.hold)
+
+
+@dataclass(frozen=True)
 class Steps:
     """Times `gamma` at each of the epochs `at`, after a warm-up; no epochs keep the rate constant.
 

@@ -17,6 +17,7 @@ from vicinal.data.picture import SUFFIXES, read_picture
 from vicinal.data.stream import Stream
 from vicinal.models.checkpoint import read
 from vicinal.tasks.classification import Classification, ClassificationTask, Named
+from vicinal.tasks.protocol import Task
 from vicinal.training.recipe import Recipe
 from vicinal.training.written import from_plain
 
@@ -40,23 +41,30 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-def load(place: str | Path) -> Trained:
-    """The model in a run folder, or in a `model.safetensors` of one."""
+def opened(place: str | Path) -> tuple[Recipe, Info, Task, Path]:
+    """Recipe, facts about the data, the task with trained weights, and the file, of a run folder or a weights file."""
     path = Path(place)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"there is no {path}; a run folder has one when its training has ended")
-    metadata = _metadata(path)
+    metadata = metadata_of(path)
     if "recipe" not in metadata or "info" not in metadata:
         raise ValueError(f"{path} does not say which recipe it is of: only files written by `vicinal train` do")
     recipe, info = _written(metadata["recipe"], path), _written(metadata["info"], path)
     assert isinstance(recipe, Recipe)
     task = recipe.task.build(info)
+    task.model.load_state_dict(read(path, is_whole=True).state)
+    for turn in task.turns:
+        turn.objective.eval()
+    return recipe, info, task, path
+
+
+def load(place: str | Path) -> Trained:
+    """The classifier in a run folder, or in a `model.safetensors` of one."""
+    recipe, info, task, path = opened(place)
     if not isinstance(task, ClassificationTask):
-        raise ValueError(f"{path} is of a {type(task).__name__}; only classifiers are evaluated and asked so far")
-    task.model.load_state_dict(read(path).state)
-    task.objective.eval()
+        raise ValueError(f"{path} is of a {type(task).__name__}; only classifiers are asked what a picture is")
     return Trained(recipe, info, task, path)
 
 
@@ -72,7 +80,8 @@ def _written(text: str, path: Path) -> Any:
     return made
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -84,10 +93,21 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def evaluate(trained: Trained, changes: Recipe | None = None, *, batch_size: int | None = None) -> dict[str, float]:
     """The task's metrics on the test split; `changes` is another recipe to take data and steps from."""
-    recipe = trained.recipe if changes is None else changes
+    return measured(trained.task, trained.info, trained.recipe if changes is None else changes, batch_size)
+
+
+def measured(task: Task, info: Info, recipe: Recipe, batch_size: int | None = None) -> dict[str, float]:
+    """A task's metrics on the test split of a recipe's data, which has to have the classes of its training."""
     size = recipe.loop.batch_size if batch_size is None else batch_size
-    stream = Stream(recipe.data.open("test"), recipe.test_steps, batch_size=size, workers=recipe.loop.workers)
-    evaluation = trained.task.evaluation()
+    data = recipe.data.open("test")
+    if data.info.classes != info.classes:
+        odd = sorted(set(data.info.classes) ^ set(info.classes))
+        raise ValueError(
+            f"these weights were trained on {info.name} with {len(info.classes)} classes, but {data.info.name} has "
+            f"{len(data.info.classes)}; they differ in {', '.join(odd[:5]) or 'their order'}"
+        )
+    stream = Stream(data, recipe.test_steps, batch_size=size, workers=recipe.loop.workers)
+    evaluation = task.evaluation()
     for batch in stream.evaluation():
         evaluation.add(batch)
     return evaluation.values()

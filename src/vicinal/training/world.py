@@ -72,6 +72,10 @@ def shard(task: Task, world: World, parallel: Parallel) -> None:
     """For FSDP2: spread the parameters of each unit, and of the rest, over the processes."""
     if world.mesh is None or parallel != "fsdp2":
         return
+    if type(task.model).forward is nn.Module.forward:
+        raise ValueError(
+            "loop.parallel=fsdp2 is for a model that is called as one; the parts of this one are called by turns: ddp"
+        )
     from torch.distributed.fsdp import fully_shard
 
     for unit in task.units():
