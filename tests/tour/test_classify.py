@@ -15,13 +15,14 @@ from vicinal.tour.classify import attended, show_dinat
 pytest.importorskip("matplotlib")
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_query_attends_to_the_keys_of_its_pattern_alone(layer):
+@pytest.mark.parametrize(("layer", "length"), [(0, 14), (1, 7), (2, 7)])
+def test_a_query_attends_to_the_keys_of_its_pattern_alone(layer, length):
     model = shipped("dinat_fashion_mnist")
     mixer = [module for module in model.task.model.modules() if isinstance(module, PatternAttention)][layer]
     image = torch.from_numpy(sample(model).images[3]).permute(2, 0, 1)
-    weights = attended(model, mixer, image, (6, 7))
-    allowed = mask(at(mixer.pattern, (14, 14)), (14, 14))[6, 7].numpy()
+    weights, query = attended(model, mixer, image, (12, 14))
+    assert query == (12 * length // 28, length // 2)
+    allowed = mask(at(mixer.pattern, (length, length)), (length, length))[query].numpy()
     assert weights.sum() == pytest.approx(1, abs=1e-5)
     assert (weights[allowed] > 0).all()
     assert (weights[~allowed] == 0).all()

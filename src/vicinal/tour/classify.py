@@ -31,7 +31,7 @@ def show_nat(folder: Path) -> Outcome:
 
 def show_dinat(folder: Path) -> Outcome:
     """DiNAT's row; the query looks through a dilated layer."""
-    return _show("dinat_fashion_mnist", folder / "dinat.png", layer=1)
+    return _show("dinat_fashion_mnist", folder / "dinat.png", layer=2)
 
 
 def _show(name: str, picture: Path, layer: int) -> Outcome:
@@ -78,10 +78,10 @@ def milliseconds(model: Trained, data: InMemory) -> float:
     return 1000 * float(np.median(times))
 
 
-def looked_at(model: Trained, image: torch.Tensor, layer: int, query: tuple[int, int] = (6, 7)) -> Panel:
-    """The image with the keys that one query of a layer attends to, brighter where it does more."""
+def looked_at(model: Trained, image: torch.Tensor, layer: int, place: tuple[int, int] = (12, 14)) -> Panel:
+    """The image with the keys that the query at a pixel attends to in a layer, brighter where it does more."""
     mixers = [module for module in model.task.model.modules() if isinstance(module, PatternAttention)]
-    weights = attended(model, mixers[layer], image, query)
+    weights, query = attended(model, mixers[layer], image, place)
     height, width = image.shape[-2:]
     shade = np.kron(weights / weights.max(), np.ones((height // weights.shape[0], width // weights.shape[1])))
     pixels = image[0].numpy()[..., None] * np.ones(3) * (0.3 + 0.7 * shade[..., None])
@@ -94,9 +94,12 @@ def looked_at(model: Trained, image: torch.Tensor, layer: int, query: tuple[int,
 
 
 def attended(
-    model: Trained, mixer: PatternAttention, image: torch.Tensor, query: tuple[int, int]
-) -> npt.NDArray[np.float64]:
-    """The weights `[*grid]` of one query's keys, averaged over heads: attention to one-hot values gives them."""
+    model: Trained, mixer: PatternAttention, image: torch.Tensor, place: tuple[int, int]
+) -> tuple[npt.NDArray[np.float64], tuple[int, int]]:
+    """The weights `[*grid]` of the keys of the query at a pixel, averaged over heads, and which query that is.
+
+    Attention to one-hot values gives the weights.
+    """
     held: list[torch.Tensor] = []
     handle = mixer.register_forward_pre_hook(lambda module, inputs: held.append(inputs[0]))
     with torch.no_grad():
@@ -108,5 +111,6 @@ def attended(
         places = torch.eye(tokens).view(1, *grid, 1, tokens).expand(-1, -1, -1, mixer.num_heads, -1)
         bias = mixer.rpb if isinstance(mixer.rpb, torch.nn.Parameter) else None
         weights = attention(parts[0], parts[1], places.contiguous(), at(mixer.pattern, grid), bias=bias)
-    found: npt.NDArray[np.float64] = weights[0, query[0], query[1]].mean(0).view(*grid).double().numpy()
-    return found
+    row, column = (place[axis] * grid[axis] // image.shape[1 + axis] for axis in (0, 1))
+    found: npt.NDArray[np.float64] = weights[0, row, column].mean(0).view(*grid).double().numpy()
+    return found, (row, column)
