@@ -78,7 +78,7 @@ def stylenat_ffhq1024() -> Recipe:
 
 
 def stylenat_fashion_mnist() -> Recipe:
-    """A small StyleNAT that draws clothes of Fashion-MNIST at 32x32, a quarter of an hour on one core.
+    """A small StyleNAT that draws clothes of Fashion-MNIST at 32x32, ten minutes of one core.
 
     >>> stylenat_fashion_mnist().task.generator.image_size
     32
@@ -86,7 +86,7 @@ def stylenat_fashion_mnist() -> Recipe:
     generator = VARIANTS["stylenat_fashion32"]
     return Recipe(
         name="stylenat_fashion_mnist",
-        status="run: see docs/training.md",
+        status="run: see docs/stylenat.md",
         data=FashionMnist(),
         task=Adversarial(generator, WaveletConfig(32, (96, 96, 48, 32), 1), penalty=1.0, consistency=0.0, samples=1000),
         train_steps=(CenterCrop(32), Flip()),
