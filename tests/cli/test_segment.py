@@ -134,6 +134,19 @@ def test_a_folder_is_segmented_and_equal_names_are_told_apart(tmp_path, weights,
     assert [one["files"]["overlay"] for one in answers] == ["same.overlay.png", "same-2.overlay.png"]
 
 
+def test_a_broken_picture_does_not_cost_the_answers_of_others(tmp_path, weights, capsys):
+    for name in ("a.png", "c.png"):
+        KINDS["color.png"](tmp_path / name)
+    (tmp_path / "b.png").write_text("words")
+    arguments = ["segment", str(tmp_path), "--weights", str(weights), "--out", str(tmp_path / "out"), "--json"]
+    for _ in range(2):  # the second time the overlays of the first are there, and are no pictures to segment
+        assert main(arguments) == 2
+        said = capsys.readouterr()
+        assert [Path(one["file"]).name for one in json.loads(said.out)] == ["a.png", "c.png"]
+        assert json.loads((tmp_path / "out" / "segments.json").read_text())[0]["file"].endswith("a.png")
+        assert said.err.count("cannot be read as a picture") == 1 and "b.png" in said.err
+
+
 def test_a_turned_photograph_is_segmented_as_it_is_looked_at(tmp_path, weights, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -206,6 +219,12 @@ def test_what_cannot_be_done_is_said(tmp_path, weights, capsys):
     assert "cut.gif cannot be read as a video" in said(str(tmp_path / "cut.gif"), *given)
     assert "several scales and flip are for the semantic task, not for panoptic" in said(str(picture), *given, "--flip")
     assert "scales must be above 0" in said(str(picture), *given, "--task", "semantic", "--scales", "0")
+    for scale in ("nan", "inf", "9"):
+        assert "scales must be above 0 and at most 8" in said(str(picture), *given, "--scales", scale)
+    assert "at most 8192" in said(str(picture), *given, "--size", "100000")
+    assert "--names is for published weights" in said(str(picture), *given, "--names", str(picture))
+    assert main(["segment", str(picture), *given, "--out", str(picture)]) == 2
+    assert "--out must be a folder" in capsys.readouterr().err
     assert "size must be at least 32" in said(str(picture), *given, "--size", "8")
     assert "rules.least_score must be in 0 .. 1" in said(str(picture), *given, "--score", "7")
     assert "there is no" in said(str(picture), "--weights", str(tmp_path / "none.safetensors"))

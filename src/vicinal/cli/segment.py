@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vicinal.cli.terminal import console
-from vicinal.data.dataset import Image
+from vicinal.data.dataset import DataMissing, Image
 from vicinal.data.picture import SUFFIXES, pillow, read_picture
 from vicinal.data.video import VIDEO_SUFFIXES, Video, Writer
 from vicinal.recipes.shipped import FOLDER, SEGMENTER
@@ -27,29 +27,44 @@ from vicinal.training.segmenter import Found, Segmenter
 def run(options: argparse.Namespace) -> None:
     """Answer the command."""
     model = model_of(options)
-    places = found_places(options.places)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    answers = []
+    out = folder(options.out)
+    places = found_places(options.places, out)
+    answers, faults = [], []
     with progress(len(places), options.json) as advance:
         for name, path in places:
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                answers.append(segment_video(model, path, out / name, options))
-            else:
-                answers.append(segment_picture(model, path, out / name, options))
+            written = segment_video if path.suffix.lower() in VIDEO_SUFFIXES else segment_picture
+            try:
+                answers.append(written(model, path, out / name, options))
+            except DataMissing as error:  # one that is broken does not cost the answers of the others
+                faults.append(str(error))
             advance()
     (out / "segments.json").write_text(json.dumps(answers, indent=2), "utf-8")
     if options.json:
         print(json.dumps(answers, indent=2))
-        return
-    words = console()
-    for answer in answers:
-        words.print(f"{answer['file']}: {told(answer)}", soft_wrap=True)
-    words.print(f"overlays, masks and segments.json are in {out}", soft_wrap=True)
+    else:
+        words = console()
+        for answer in answers:
+            words.print(f"{answer['file']}: {told(answer)}", soft_wrap=True)
+        if answers:
+            words.print(f"overlays, masks and segments.json are in {out}", soft_wrap=True)
+    if faults:
+        raise DataMissing("; ".join(faults))
+
+
+def folder(place: str) -> Path:
+    """The folder that files go to, made where it is not there."""
+    out = Path(place)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"--out must be a folder, but {place} is, or is in, a file") from None
+    return out
 
 
 def model_of(options: argparse.Namespace) -> Segmenter:
     """The model that was asked for: that of the library, of a run, or a published one by its name."""
+    if options.model is None and options.names is not None:
+        raise ValueError("--names is for published weights, whose layout --model names; others have names of their own")
     if options.model is not None:
         if options.weights is None:
             raise ValueError("--model names the layout of published weights: say which by --weights FILE")
@@ -79,13 +94,18 @@ def class_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return names, tuple(line.removeprefix("*").strip() for line in lines if line.startswith("*"))
 
 
-def found_places(places: list[str]) -> list[tuple[str, Path]]:
-    """Pictures and videos, in files and folders, each with a name for what is written about it."""
+def found_places(places: list[str], out: Path) -> list[tuple[str, Path]]:
+    """Pictures and videos, in files and folders, each with a name for what is written about it.
+
+    What an earlier call left in a folder `out` inside a place is not taken for its pictures.
+    """
     paths: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
             known = (*SUFFIXES, *VIDEO_SUFFIXES)
             inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in known)
+            if out.resolve() != place.resolve():
+                inside = [path for path in inside if out.resolve() not in path.resolve().parents]
             if not inside:
                 raise ValueError(f"{place} holds no picture and no video ({', '.join(known)})")
             paths += inside

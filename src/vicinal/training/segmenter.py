@@ -28,6 +28,9 @@ SIZES = {"ade20k": (640, 2560), "cityscapes": (1024, 2048), "coco_panoptic": (80
 """The short side that pictures get, and the most that the long side may have, as published."""
 
 _MULTIPLE = 32
+_MOST, _MOST_SCALE = 8192, 8
+"""A slip of the finger beyond these would ask for more memory than there is."""
+
 _LARGEST = 2048
 """Pixels of the long side at which masks are decided; larger pictures get the nearest of these."""
 
@@ -146,10 +149,10 @@ def check(
         raise ValueError(f"{segmenter.path} was trained for {', '.join(segmenter.task.config.tasks)} alone, not {task}")
     if picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size:
         raise ValueError(f"picture must be [height, width, 3], got {picture.shape}")
-    if size is not None and size < _MULTIPLE:
-        raise ValueError(f"size must be at least {_MULTIPLE}, got {size}")
-    if not scales or min(scales) <= 0:
-        raise ValueError(f"scales must be above 0, got {tuple(scales)}")
+    if size is not None and not _MULTIPLE <= size <= _MOST:
+        raise ValueError(f"size must be at least {_MULTIPLE} and at most {_MOST}, got {size}")
+    if not scales or not all(0 < scale <= _MOST_SCALE for scale in scales):
+        raise ValueError(f"scales must be above 0 and at most {_MOST_SCALE}, got {tuple(scales)}")
     if task != "semantic" and (len(scales) > 1 or flip):
         raise ValueError(f"several scales and flip are for the semantic task, not for {task}")
 

@@ -172,3 +172,18 @@ def test_two_processes_compare_all_pictures(tmp_path):
     gradient = torch.cat([torch.from_numpy(answer[2]) for answer in answers]) / 2
     torch.testing.assert_close(gradient, objects.grad, rtol=1e-4, atol=1e-6)
     assert [answer[3] for answer in answers] == [1.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"labels": torch.tensor([])}, r"targets\[0\]: labels must be int32 or int64, got torch.float32"),
+        ({"labels": torch.tensor([1], dtype=torch.uint8)}, "labels must be int32 or int64, got torch.uint8"),
+        ({"masks": torch.full((1, 16, 16), 255, dtype=torch.uint8)}, "masks must be bool, or from 0 to 1"),
+        ({"masks": torch.full((1, 16, 16), torch.nan)}, "masks must be bool, or from 0 to 1"),
+        ({"masks": None}, "must have tensors labels and masks, but has none as masks"),
+    ],
+)
+def test_targets_of_other_kinds_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        SegmentationLoss(CONFIG)(output(batch=1), [target([1]) | wrong])

@@ -270,3 +270,9 @@ def test_a_mask2former_takes_no_task_and_a_text_has_its_length():
 def test_a_segmenter_gives_no_feature_maps():
     with pytest.raises(ValueError, match="take the maps of its backbone, 'dinat_large'"):
         vicinal.create_model("oneformer_dinat_large_coco", features_only=True)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])
+def test_pictures_of_other_kinds_are_refused(images):
+    with pytest.raises(ValueError, match=r"images must be \[batch, 3, height, width\] of a floating type"):
+        built(ONE_PER_FAMILY[0])(images, ["panoptic"])

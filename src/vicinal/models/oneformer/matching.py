@@ -115,7 +115,12 @@ def check_targets(targets: Sequence[Target], batch: int, classes: int) -> None:
         raise ValueError(f"targets must be one per image, got {len(targets)} for {batch} images")
     sizes = set()
     for number, target in enumerate(targets):
+        absent = [key for key in ("labels", "masks") if not isinstance(target.get(key), torch.Tensor)]
+        if absent:
+            raise ValueError(f"targets[{number}] must have tensors labels and masks, but has none as {absent[0]}")
         labels, masks = target["labels"], target["masks"]
+        if labels.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"targets[{number}]: labels must be int32 or int64, got {labels.dtype}")
         if masks.dim() != 3 or labels.dim() != 1 or len(masks) != len(labels):
             raise ValueError(
                 f"targets[{number}]: labels must be [segments] and masks [segments, height, width], "
@@ -124,6 +129,9 @@ def check_targets(targets: Sequence[Target], batch: int, classes: int) -> None:
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):
             raise ValueError(f"targets[{number}]: labels must be from 0 to {classes - 1}, got {int(wrong[0])}")
+        # 255 for "inside" would make a loss below zero that teaches nonsense; bool, as readers give, needs no look
+        if masks.dtype != torch.bool and not bool(((masks >= 0) & (masks <= 1)).all()):
+            raise ValueError(f"targets[{number}]: masks must be bool, or from 0 to 1, got other values")
         sizes.add(tuple(masks.shape[1:]))
     if len(sizes) > 1:
         raise ValueError(f"targets: masks of one batch must be as large as its images, padded; got {sorted(sizes)}")

@@ -79,6 +79,10 @@ class OneFormer(nn.Module):
                 for a Mask2Former.
             text: token ids `[batch, num_queries - contexts, context_length]` of what is in the images, for training.
         """
+        if images.dim() != 4 or not images.is_floating_point():
+            raise ValueError(
+                f"images must be [batch, 3, height, width] of a floating type, got {tuple(images.shape)} {images.dtype}"
+            )
         token = self._task_token(images, task)
         refined = self.decoder(self.pixel_decoder(self.backbone(images)), token)
         *auxiliary, (class_logits, mask_logits) = refined.predictions
