@@ -142,6 +142,11 @@ def _attend_autograd(keyset: Any, *arguments: Any) -> Any:
     return _below_autograd(keyset, arguments)
 
 
+def _is_here(tensor: torch.Tensor) -> bool:
+    """Whether the kernels for the CPU may be called on a tensor without a detour: it is plain and holds numbers."""
+    return tensor.device.type == "cpu" and is_plain(tensor)
+
+
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Gradients:
     *tensors, out, lse = ctx.saved_tensors
     needs = [ctx.needs_input_grad[position] for position in (1, 2, 3, 5, 6, 7)]  # 0 is the keyset
@@ -153,7 +158,7 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
         again = backend.find(ctx.backend).differentiable
         with below_autocast():
             grads = gradients_through(again, inputs, grad_out, grad_lse, needs, create_graph=True)
-    elif ctx.backend == "cpu" and all(is_plain(tensor) for tensor in (lse, grad_out, grad_lse) if tensor is not None):
+    elif ctx.backend == "cpu" and all(_is_here(tensor) for tensor in (lse, grad_out, grad_lse) if tensor is not None):
         # as in the forward, and the gradients may share memory, which those of a registered operator must not
         inputs = _inputs(tensors, ctx.layout, ctx.scale)
         grads = backend.find("cpu").backward(inputs, out, lse, grad_out, grad_lse, needs)
