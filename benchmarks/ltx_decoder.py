@@ -195,9 +195,7 @@ def measured(case: Case, is_backward: bool, seconds: float) -> dict[str, Any]:
     for name, reason in reasons.items():
         entry: dict[str, Any] = {"name": name, "reason": reason}
         if not reason:
-            low, high = timings[name].quartiles_ms
-            entry |= {"median_ms": round(timings[name].median_ms, 2), "quartiles_ms": [round(low, 2), round(high, 2)]}
-            entry |= {"rounds": timings[name].rounds, "peak_mb": peak_mb(case, name, is_backward)}
+            entry |= {**timings[name].figures(), "peak_mb": peak_mb(case, name, is_backward)}
             entry["ours_faster"] = round(timings[OURS].speedup_over(timings[name]), 2)
         entries.append(entry)
     direction = "forward+backward" if is_backward else "forward"

@@ -204,9 +204,7 @@ def measured(case: str, seconds: float) -> dict[str, Any]:
     for name, reason in reasons.items():
         entry: dict[str, Any] = {"name": name, "reason": reason}
         if not reason:
-            low, high = timings[name].quartiles_ms
-            entry |= {"median_ms": round(timings[name].median_ms, 2), "quartiles_ms": [round(low, 2), round(high, 2)]}
-            entry |= {"rounds": timings[name].rounds, "peak_mb": peak_mb(case, name), "error": errors[name]}
+            entry |= {**timings[name].figures(), "peak_mb": peak_mb(case, name), "error": errors[name]}
             entry["ours_faster"] = round(timings[OURS].speedup_over(timings[name]), 2)
         entries.append(entry)
     size = inputs.numel() * inputs.element_size()

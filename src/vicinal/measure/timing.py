@@ -30,6 +30,15 @@ class Timing:
     samples_ms: Mapping[int, float]
     """Round number -> milliseconds per call in that round."""
 
+    def figures(self) -> dict[str, Any]:
+        """Median, quartiles and rounds as a result file holds them.
+
+        >>> Timing({0: 2.0, 1: 3.0, 2: 10.0}).figures()
+        {'median_ms': 3.0, 'quartiles_ms': [2.0, 10.0], 'rounds': 3}
+        """
+        quartiles = [round(value, 2) for value in self.quartiles_ms]
+        return {"median_ms": round(self.median_ms, 2), "quartiles_ms": quartiles, "rounds": self.rounds}
+
     @property
     def rounds(self) -> int:
         """In how many rounds it was timed."""

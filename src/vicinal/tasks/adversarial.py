@@ -17,7 +17,7 @@ from vicinal.metrics import Moments, frechet_distance
 from vicinal.models.stylenat import StyleNAT, StyleNatConfig
 from vicinal.models.wavelet import WaveletConfig, WaveletDiscriminator
 from vicinal.tasks.consistency import augmented
-from vicinal.tasks.protocol import Losses, Moment, Panel, Turn
+from vicinal.tasks.protocol import Losses, Moment, Panel, Turn, WithoutHooks
 
 POOLED = 8
 """Side of the thumbnails whose distance is watched during training."""
@@ -192,7 +192,7 @@ class GeneratorObjective(nn.Module):
         return loss, {"generator": loss.detach()}
 
 
-class AdversarialTask:
+class AdversarialTask(WithoutHooks):
     """A generator and its discriminator under training.
 
     >>> config = StyleNatConfig(16, (8, 8, 8), latent_size=8, mapping_depth=1, channels=1, min_heads=2)
@@ -233,15 +233,6 @@ class AdversarialTask:
     def draw(self, batch: Batch) -> list[Panel]:
         """Samples, from the same latents whenever it is asked."""
         return [Panel(image.permute(1, 2, 0).cpu().numpy(), "") for image in self.sample(SHOWN, seed=0)]
-
-    def prepare(self, batches: Iterator[Batch]) -> None:
-        """Nothing."""
-
-    def after_step(self, moment: Moment) -> None:
-        """Nothing."""
-
-    def finish(self, batches: Iterator[Batch]) -> None:
-        """Nothing."""
 
 
 class AdversarialEvaluation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from vicinal.models import compact
 from vicinal.models.compact import CompactConfig
 from vicinal.models.registry import create_model
 from vicinal.tasks.mixing import Mixing
-from vicinal.tasks.protocol import Losses, Moment, Panel, Turn
+from vicinal.tasks.protocol import Losses, Moment, Panel, Turn, WithoutHooks
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ClassificationObjective(nn.Module):
         return loss, {"loss": loss.detach()}
 
 
-class ClassificationTask:
+class ClassificationTask(WithoutHooks):
     """A classifier under training.
 
     >>> info = Info("made", ("a", "b"), 1, (0.5,), (0.5,))
@@ -138,15 +138,6 @@ class ClassificationTask:
                 caption += f"\nis {self.info.classes[label]}"
             panels.append(Panel(image.permute(1, 2, 0).numpy(), caption, best == label))
         return panels
-
-    def prepare(self, batches: Iterator[Batch]) -> None:
-        """Nothing."""
-
-    def after_step(self, moment: Moment) -> None:
-        """Nothing."""
-
-    def finish(self, batches: Iterator[Batch]) -> None:
-        """Nothing."""
 
 
 class ClassificationEvaluation:

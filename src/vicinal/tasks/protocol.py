@@ -106,6 +106,19 @@ class Task(Protocol):
         """After the last step, on the weights that are exported; again where a finished run is resumed."""
 
 
+class WithoutHooks:
+    """The hooks of a task that has nothing to do before its training, between its steps or after them."""
+
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """Nothing."""
+
+    def after_step(self, moment: Moment) -> None:
+        """Nothing."""
+
+    def finish(self, batches: Iterator[Batch]) -> None:
+        """Nothing."""
+
+
 class TaskConfig(Protocol):
     """A task's description, as it stands in a recipe."""
 

@@ -27,7 +27,7 @@ from vicinal.tasks.joint_labels import TASKS, TaskName, class_map, draw_tasks, s
 from vicinal.tasks.overlay import overlay
 from vicinal.tasks.postprocess import Rules
 from vicinal.tasks.prompts import Prompts
-from vicinal.tasks.protocol import Losses, Moment, Panel, Turn
+from vicinal.tasks.protocol import Losses, Moment, Panel, Turn, WithoutHooks
 
 _METRICS: Mapping[TaskName, str] = {"panoptic": "pq", "semantic": "miou", "instance": "ap"}
 
@@ -108,7 +108,7 @@ def check_layers(batch: Batch) -> None:
         )
 
 
-class SegmentationTask:
+class SegmentationTask(WithoutHooks):
     """A OneFormer under training.
 
     >>> from vicinal.models.compact import CompactConfig
@@ -178,12 +178,6 @@ class SegmentationTask:
         """Take the backbone from the stem's file."""
         if self.config.stem is not None:
             load_stem(self.model, Path(self.config.stem))
-
-    def after_step(self, moment: Moment) -> None:
-        """Nothing."""
-
-    def finish(self, batches: Iterator[Batch]) -> None:
-        """Nothing."""
 
 
 def load_stem(model: OneFormer, path: Path) -> None:

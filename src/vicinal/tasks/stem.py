@@ -5,7 +5,6 @@ A small model that has to learn pictures and segments at once learns neither in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ from vicinal.models import compact
 from vicinal.models.compact import CompactConfig
 from vicinal.tasks.classification import Normalize
 from vicinal.tasks.joint_labels import class_map, segments
-from vicinal.tasks.protocol import Losses, Moment, Panel, Turn
+from vicinal.tasks.protocol import Losses, Moment, Panel, Turn, WithoutHooks
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def middles(numbers: torch.Tensor, labels: torch.Tensor, things: list[int]) -> t
     return (8 * (middle[:, flat] - places) / size).view(2, *numbers.shape), counted
 
 
-class StemTask:
+class StemTask(WithoutHooks):
     """A backbone under training."""
 
     best = ("miou", True)
@@ -136,15 +135,6 @@ class StemTask:
             both = torch.cat([layers[:3].permute(1, 2, 0), shades.to(torch.uint8)], 1)
             panels.append(Panel(np.asarray(both), ""))
         return panels
-
-    def prepare(self, batches: Iterator[Batch]) -> None:
-        """Nothing."""
-
-    def after_step(self, moment: Moment) -> None:
-        """Nothing."""
-
-    def finish(self, batches: Iterator[Batch]) -> None:
-        """Nothing."""
 
 
 class StemEvaluation:
