@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -130,6 +131,23 @@ def key_gradients(call: Call, given: Given) -> tuple[torch.Tensor, torch.Tensor]
     return grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
+def _shared(call: Call, given: Given) -> dict[str, Any]:
+    """What the passes over keys, bias entries and extra tokens all take."""
+    return {
+        "p_query": call.query,
+        "p_lse": given.lse,
+        "p_grad": given.grad,
+        "p_delta": given.delta,
+        "scale": call.inputs.scale * LOG2_E,
+        "row_words": call.tables.shape[1] if call.has_rows else 0,
+        "heads": call.heads,
+        "shared": call.shared,
+        **strides("query", call.query),
+        **strides("grad", given.grad),
+        **call.sizes(),
+    }
+
+
 def _kv_heads(call: Call, part: Part) -> range:
     last = part.first_head + part.layout.heads - 1
     return range(part.first_head // call.shared, last // call.shared + 1)
@@ -185,27 +203,19 @@ def _start_key_pass(
         key_pass,
         (programs * len(kv_heads) * call.samples,),
         call.query,
-        p_query=call.query,
         p_key=call.key,
         p_value=call.value,
         p_grad_key=grad_key,
         p_grad_value=grad_value,
-        p_lse=given.lse,
-        p_grad=given.grad,
-        p_delta=given.delta,
         p_tables=call.tables,
         p_watchers=watchers,
-        scale=call.inputs.scale * LOG2_E,
         programs=programs,
-        row_words=call.tables.shape[1] if call.has_rows else 0,
         watcher_words=watchers.shape[1] if call.has_rows else 0,
         o_group=part.o_group,
         member_words=part.member_words,
         o_watch_1=o_watch_1,
         o_watch_2=o_watch_2,
-        heads=call.heads,
         kv_heads=call.kv_heads,
-        shared=call.shared,
         first_head=part.first_head,
         group_heads=part.layout.heads,
         first_kv_head=kv_heads.start,
@@ -218,12 +228,10 @@ def _start_key_pass(
         ADDS=adds,
         PRECISION=precision(call.query.dtype),
         **call.bias_of(part),
+        **_shared(call, given),
         **call.grids("n0 n1 n2 m0 m1 m2"),
-        **strides("query", call.query),
         **strides("key", call.key),
         **strides("value", call.value),
-        **strides("grad", given.grad),
-        **call.sizes(),
         **part.wraps,
         **tile_names(tiles),
     )
@@ -247,32 +255,22 @@ def bias_gradient(call: Call, given: Given) -> torch.Tensor:
             bias_pass,
             (entries, heads, splits),
             call.query,
-            p_query=call.query,
             p_key=call.key,
             p_value=call.value,
             p_grad_bias=partial,
-            p_lse=given.lse,
-            p_grad=given.grad,
-            p_delta=given.delta,
             p_tables=call.tables,
-            scale=call.inputs.scale * LOG2_E,
             samples=call.samples,
             splits=splits,
-            row_words=call.tables.shape[1] if call.has_rows else 0,
             o_group=part.o_group,
-            heads=call.heads,
-            shared=call.shared,
             first_head=part.first_head,
             group_heads=heads,
             BLOCK_M=_ROWS,
             HAS_ROWS=call.has_rows,
             **call.bias_of(part),
+            **_shared(call, given),
             **call.grids("n0 n1 n2 m1 m2"),
-            **strides("query", call.query),
             **strides("key", call.key),
             **strides("value", call.value),
-            **strides("grad", given.grad),
-            **call.sizes(),
         )
         grads.append(partial.sum(0))
     return torch.cat(grads).to(bias.dtype)
@@ -303,24 +301,16 @@ def extra_gradients(call: Call, given: Given) -> tuple[torch.Tensor | None, torc
         extra_pass,
         (call.samples * call.kv_heads, splits, blocks),
         call.query,
-        p_query=call.query,
         p_extra_key=call.extra_key,
         p_extra_value=call.extra_value,
         p_grad_key=grad_key,
         p_grad_value=grad_value,
-        p_lse=given.lse,
-        p_grad=given.grad,
-        p_delta=given.delta,
         p_tables=call.tables,
         p_extra_lengths=call.extra_lengths,
-        scale=call.inputs.scale * LOG2_E,
-        row_words=call.tables.shape[1] if call.has_rows else 0,
         extra_tokens=tokens,
         splits=splits,
         samples=call.samples,
-        heads=call.heads,
         kv_heads=call.kv_heads,
-        shared=call.shared,
         BLOCK_M=32,
         BLOCK_N=block,
         HAS_LENGTHS=call.extra_lengths is not None,
@@ -328,11 +318,9 @@ def extra_gradients(call: Call, given: Given) -> tuple[torch.Tensor | None, torc
         PRECISION=precision(call.query.dtype),
         num_warps=4,
         num_stages=1,
+        **_shared(call, given),
         **call.grids("n0 n1 n2"),
-        **strides("query", call.query),
-        **strides("grad", given.grad),
         **strides("extra_key", call.extra_key),
         **strides("extra_value", call.extra_value),
-        **call.sizes(),
     )
     return grad_key.sum(0).to(extra_key.dtype), grad_value.sum(0).to(extra_value.dtype)
