@@ -22,17 +22,21 @@ void row_sums_unit(const Job& job, const Unit& unit, int64_t sample, int64_t hea
     for (int64_t d = 0; d < padded; ++d) out[d] = grad[d] = 0.0f;
     const int64_t out_base = sample * job.out.batch + q_head * job.out.head;
     const int64_t grad_base = sample * job.grad_out.batch + q_head * job.grad_out.head;
+    const int64_t grad_lse_base = sample * job.grad_lse_batch + q_head * job.grad_lse_head;
+    const int64_t sums_base = sample * job.sums_batch + q_head * job.sums_head;
     block.each_tile([&](const Tile& tile) {
-        block.each_target(tile, [&](int, int64_t a, int64_t b, int64_t c, int64_t) {
-            load_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), out);
-            load_row<S>(job.dtype, job.grad_out, grad_base + place_of(job.grad_out.axis, a, b, c), grad);
+        const Places from = block.places(tile, job.out.axis, out_base);
+        const Places grad_from = block.places(tile, job.grad_out.axis, grad_base);
+        const Places grad_lse = block.places(tile, job.grad_lse_axis, grad_lse_base);
+        const Places to = block.places(tile, job.sums_axis, sums_base);
+        block.each_target(tile, [&](int, int r, int c) {
+            load_row<S>(job.dtype, job.out, from.at(r, c), out);
+            load_row<S>(job.dtype, job.grad_out, grad_from.at(r, c), grad);
             typename S::F products = S::zero();
             for (int64_t d = 0; d < padded; d += W) products = S::fma(S::load(out + d), S::load(grad + d), products);
             float sum = S::sum(products);
-            if (job.grad_lse)
-                sum -= job.grad_lse[sample * job.grad_lse_batch + q_head * job.grad_lse_head +
-                                    place_of(job.grad_lse_axis, a, b, c)];
-            job.row_sums[sample * job.sums_batch + q_head * job.sums_head + place_of(job.sums_axis, a, b, c)] = sum;
+            if (job.grad_lse) sum -= job.grad_lse[grad_lse.at(r, c)];
+            job.row_sums[to.at(r, c)] = sum;
         });
     });
 }
@@ -131,9 +135,9 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
     QueryTile state;
     const auto finish = [&](const Tile& tile) {
         if (!job.grad_query.data) return;
-        block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) {
-            store_row<S>(job.dtype, job.grad_query, to_base + place_of(job.grad_query.axis, a, b, c), state.sums[t],
-                         job.scale);
+        const Places to = block.places(tile, job.grad_query.axis, to_base);
+        block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
+            store_row<S>(job.dtype, job.grad_query, to.at(r, c), state.sums[t], job.scale);
         });
     };
     for (int list = 0; list < lists.count(); ++list) {
@@ -148,11 +152,13 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
                 load_targets<S>(block, tile, job.query, query_base, queries);
                 load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
                 state.is_fresh = !keeps_state;
-                block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t place) VICINAL_LAMBDA {
-                    const float lse = job.lse[lse_base + place_of(job.lse_axis, a, b, c)];
+                const Places lse_at = block.places(tile, job.lse_axis, lse_base);
+                const Places sum_at = block.places(tile, job.sums_axis, sums_base);
+                block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
+                    const float lse = job.lse[lse_at.at(r, c)];
                     state.lse[t] = lse == -INFINITY ? 0.0f : lse * LOG2_E;
-                    state.row_sum[t] = job.row_sums[sums_base + place_of(job.sums_axis, a, b, c)];
-                    state.sums[t] = sums + (keeps_state ? place : t) * padded;
+                    state.row_sum[t] = job.row_sums[sum_at.at(r, c)];
+                    state.sums[t] = sums + (keeps_state ? tile.state_at(r, c) : t) * padded;
                 });
                 walk(tile, room.pass, [&](const Pass& pass) {
 #define VICINAL_CALL(T) \
@@ -169,9 +175,7 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
     }
     if (!keeps_state) return;
     block.each_tile([&](const Tile& tile) {
-        block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) {
-            state.sums[t] = sums + place * padded;
-        });
+        block.each_target(tile, [&](int t, int r, int c) { state.sums[t] = sums + tile.state_at(r, c) * padded; });
         finish(tile);
     });
 }
@@ -280,9 +284,9 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
                     load_targets<S>(block, tile, job.key, key_base, keys);
                     load_targets<S>(block, tile, job.value, value_base, values);
                     state.is_fresh = false;
-                    block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) VICINAL_LAMBDA {
-                        state.key_sums[t] = key_sums + place * key_padded;
-                        state.value_sums[t] = value_sums + place * value_padded;
+                    block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
+                        state.key_sums[t] = key_sums + tile.state_at(r, c) * key_padded;
+                        state.value_sums[t] = value_sums + tile.state_at(r, c) * value_padded;
                     });
                     walk(tile, room.pass, [&](const Pass& pass) {
 #define VICINAL_CALL(T) grad_key_pass<S, T>(job, panel, keys, values, state, room.scores, pass, bias.data != nullptr)
@@ -298,13 +302,14 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
     const int64_t to_key = sample * job.grad_key.batch + head * job.grad_key.head;
     const int64_t to_value = sample * job.grad_value.batch + head * job.grad_value.head;
     block.each_tile([&](const Tile& tile) {
-        block.each_target(tile, [&](int, int64_t a, int64_t b, int64_t c, int64_t place) {
+        const Places keys_at = block.places(tile, job.grad_key.axis, to_key);
+        const Places values_at = block.places(tile, job.grad_value.axis, to_value);
+        block.each_target(tile, [&](int, int r, int c) {
+            const int64_t place = tile.state_at(r, c);
             if (job.grad_key.data)
-                write_row<S>(job.dtype, job.grad_key, to_key + place_of(job.grad_key.axis, a, b, c),
-                             key_sums + place * key_padded, job.scale, adds);
+                write_row<S>(job.dtype, job.grad_key, keys_at.at(r, c), key_sums + place * key_padded, job.scale, adds);
             if (job.grad_value.data)
-                write_row<S>(job.dtype, job.grad_value, to_value + place_of(job.grad_value.axis, a, b, c),
-                             value_sums + place * value_padded, 1.0f, adds);
+                write_row<S>(job.dtype, job.grad_value, values_at.at(r, c), value_sums + place * value_padded, 1.0f, adds);
         });
     });
 }

@@ -101,15 +101,19 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
             load_targets<S>(block, tile, job.query, query_base, queries);
             load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
             state.is_fresh = true;
-            block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
-                load_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), out);
-                load_row<S>(job.dtype, job.grad_out, grad_out_base + place_of(job.grad_out.axis, a, b, c), out + value_padded);
+            const Places out_at = block.places(tile, job.out.axis, out_base);
+            const Places grad_out_at = block.places(tile, job.grad_out.axis, grad_out_base);
+            const Places lse_at = block.places(tile, job.lse_axis, lse_base);
+            const Places grad_lse_at = block.places(tile, job.grad_lse_axis, grad_lse_base);
+            block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
+                load_row<S>(job.dtype, job.out, out_at.at(r, c), out);
+                load_row<S>(job.dtype, job.grad_out, grad_out_at.at(r, c), out + value_padded);
                 typename S::F products = S::zero();
                 for (int64_t d = 0; d < value_padded; d += W)
                     products = S::fma(S::load(out + d), S::load(out + value_padded + d), products);
                 state.row_sum[t] = S::sum(products);
-                if (job.grad_lse) state.row_sum[t] -= job.grad_lse[grad_lse_base + place_of(job.grad_lse_axis, a, b, c)];
-                const float lse = job.lse[lse_base + place_of(job.lse_axis, a, b, c)];
+                if (job.grad_lse) state.row_sum[t] -= job.grad_lse[grad_lse_at.at(r, c)];
+                const float lse = job.lse[lse_at.at(r, c)];
                 state.lse[t] = lse == -INFINITY ? 0.0f : lse * LOG2_E;
                 state.sums[t] = sums + t * key_padded;
             });
@@ -123,9 +127,9 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
             if (!job.grad_query.data) return;
             if (state.is_fresh)
                 for (int64_t i = 0; i < tile.count * key_padded; ++i) sums[i] = 0.0f;
-            block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
-                store_row<S>(job.dtype, job.grad_query, to_base + place_of(job.grad_query.axis, a, b, c), state.sums[t],
-                             job.scale);
+            const Places to = block.places(tile, job.grad_query.axis, to_base);
+            block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
+                store_row<S>(job.dtype, job.grad_query, to.at(r, c), state.sums[t], job.scale);
             });
         });
     }

@@ -268,27 +268,43 @@ VICINAL_INLINE float log_of(float value) {
     return exponent * LN_2 + 2.0f * (s + s * square * series);
 }
 
+// Writes the output of a tile; what the log-sum-exp is made from waits at the targets' places in the block.
 template <class S>
-VICINAL_INLINE void finish_forward(const Block& block, const Tile& tile, const ForwardTile<S>& done, int64_t out_base,
-                                   int64_t lse_base) {
+VICINAL_INLINE void finish_tile(const Block& block, const Tile& tile, const ForwardTile<S>& done, int64_t out_base, float* top,
+                                float* total) {
     const Job& job = block.job;
-    float inverse[MOST_TARGETS], lse[MOST_TARGETS];
-    for (int t = 0; t < MOST_TARGETS; ++t) {  // all of them, so that it is done at once
-        const float total = done.total[t];
-        inverse[t] = total > 0.0f ? 1.0f / total : 0.0f;
-        lse[t] = total > 0.0f ? done.top[t] * LN_2 + log_of(total) : -INFINITY;
+    float inverse[MOST_TARGETS];
+    for (int t = 0; t < MOST_TARGETS; ++t)  // all of them, so that it is done at once
+        inverse[t] = done.total[t] > 0.0f ? 1.0f / done.total[t] : 0.0f;
+    const Places to = block.places(tile, job.out.axis, out_base);
+    block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
+        store_row<S>(job.dtype, job.out, to.at(r, c), done.sums[t], inverse[t]);
+        const int64_t place = tile.state_at(r, c);
+        top[place] = done.top[t];
+        total[place] = done.total[t];
+    });
+}
+
+// Writes the log-sum-exp of a block's targets from their maxima and totals; these are overwritten.
+VICINAL_APART void finish_lse(const Block& block, int64_t lse_base, const float* top, float* total) {
+    const Job& job = block.job;
+    const int64_t targets = block.targets();
+    for (int64_t i = 0; i < targets; ++i) {
+        const float lse = top[i] * LN_2 + log_of(total[i]);
+        total[i] = total[i] > 0.0f ? lse : -INFINITY;
     }
-    block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
-        store_row<S>(job.dtype, job.out, out_base + place_of(job.out.axis, a, b, c), done.sums[t], inverse[t]);
-        job.lse[lse_base + place_of(job.lse_axis, a, b, c)] = lse[t];
+    block.each_tile([&](const Tile& tile) {
+        const Places to = block.places(tile, job.lse_axis, lse_base);
+        block.each_target(tile, [&](int, int r, int c) { job.lse[to.at(r, c)] = total[tile.state_at(r, c)]; });
     });
 }
 
 // Fetches the lines that a tile will be written to while it is computed.
 VICINAL_INLINE void ask_for_room(const Block& block, const Tile& tile, const Operand& operand, int64_t base) {
     const int64_t bytes = block.job.dtype == VICINAL_FLOAT32 ? 4 : 2, lines = (operand.dim * bytes + 63) / 64;
-    block.each_target(tile, [&](int, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
-        const char* at = operand.data + (base + place_of(operand.axis, a, b, c)) * bytes;
+    const Places places = block.places(tile, operand.axis, base);
+    block.each_target(tile, [&](int, int r, int c) VICINAL_LAMBDA {
+        const char* at = operand.data + places.at(r, c) * bytes;
         for (int64_t line = 0; line < lines; ++line) VICINAL_PREFETCH_TO_WRITE(at + 64 * line);
     });
 }
@@ -304,16 +320,16 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
     packing.transposed[1] = packing.rows[0] = packing.lanes = false;
     KeyLists<S> lists(block, packing, sample, kv_head);
     const bool keeps_state = lists.chunks() != 1;
-    const int64_t kept = keeps_state ? block.targets() : MOST_TARGETS;
-    Arena arena{static_cast<char*>(workspace.get(STATE, (kept * (padded + 2) + targets_floats(key_dim)) * 4 + 256))};
+    const int64_t all = block.targets(), kept = keeps_state ? all : MOST_TARGETS;
+    Arena arena{static_cast<char*>(workspace.get(STATE, (kept * padded + 2 * all + targets_floats(key_dim)) * 4 + 256))};
     float* sums = arena.take<float>(kept * padded);
-    float* top = arena.take<float>(kept);
-    float* total = arena.take<float>(kept);
+    float* top = arena.take<float>(all);
+    float* total = arena.take<float>(all);
     float* targets = arena.take<float>(targets_floats(key_dim));
     if (keeps_state) {
         for (int64_t i = 0; i < kept * padded; ++i) sums[i] = 0.0f;
-        for (int64_t i = 0; i < kept; ++i) top[i] = FAR_BELOW;
-        for (int64_t i = 0; i < kept; ++i) total[i] = 0.0f;
+        for (int64_t i = 0; i < all; ++i) top[i] = FAR_BELOW;
+        for (int64_t i = 0; i < all; ++i) total[i] = 0.0f;
     }
     const BiasTable bias = bias_of<S>(job, head, workspace);
     const int64_t query_base = sample * job.query.batch + q_head * job.query.head;
@@ -334,7 +350,8 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
                 state.is_fresh = !keeps_state;
                 if (!keeps_state) ask_for_room(block, tile, job.out, out_base);
                 if (keeps_state) {
-                    block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) VICINAL_LAMBDA {
+                    block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
+                        const int64_t place = tile.state_at(r, c);
                         state.top[t] = top[place];
                         state.total[t] = total[place];
                         state.sums[t] = sums + place * padded;
@@ -352,27 +369,30 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
 #undef VICINAL_CALL
                 });
                 if (keeps_state) {
-                    block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) VICINAL_LAMBDA {
+                    block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
+                        const int64_t place = tile.state_at(r, c);
                         top[place] = state.top[t];
                         total[place] = state.total[t];
                     });
                 } else {
                     if (state.is_fresh)  // nobody sees anything
                         for (int64_t i = 0; i < tile.count * padded; ++i) sums[i] = 0.0f;
-                    finish_forward<S>(block, tile, state, out_base, lse_base);
+                    finish_tile<S>(block, tile, state, out_base, top, total);
                 }
             });
         });
     }
-    if (!keeps_state) return;
-    block.each_tile([&](const Tile& tile) {
-        block.each_target(tile, [&](int t, int64_t, int64_t, int64_t, int64_t place) {
-            state.top[t] = top[place];
-            state.total[t] = total[place];
-            state.sums[t] = sums + place * padded;
+    if (keeps_state)
+        block.each_tile([&](const Tile& tile) {
+            block.each_target(tile, [&](int t, int r, int c) {
+                const int64_t place = tile.state_at(r, c);
+                state.top[t] = top[place];
+                state.total[t] = total[place];
+                state.sums[t] = sums + place * padded;
+            });
+            finish_tile<S>(block, tile, state, out_base, top, total);
         });
-        finish_forward<S>(block, tile, state, out_base, lse_base);
-    });
+    finish_lse(block, lse_base, top, total);
 }
 
 }  // namespace

@@ -79,6 +79,13 @@ struct Tile {
 
     VICINAL_INLINE int rows() const { return row.end - row.begin; }
     VICINAL_INLINE int columns() const { return column.end - column.begin; }
+    VICINAL_INLINE int64_t state_at(int r, int c) const { return state + r * state_row + c; }
+};
+
+// Where the targets of a tile stand in a tensor: the first of them, and what a row and a column add.
+struct Places {
+    int64_t first, row, column;
+    VICINAL_INLINE int64_t at(int r, int c) const { return first + r * row + c * column; }
 };
 
 // A block of targets and what is remembered of them between chunks.
@@ -123,25 +130,33 @@ struct Block {
     VICINAL_INLINE void each_tile(const Function& function) const {
         each_tile([](const Tile&) VICINAL_LAMBDA {}, function);
     }
-    // Where the targets of a tile stand: function(number in the tile, coordinates, place in the state).
+    // Calls function(number in the tile, row and column within it) for each target.
     template <class Function>
     VICINAL_INLINE void each_target(const Tile& tile, const Function& function) const {
-        const Axis &a = *unit.axis[0], &b = *unit.axis[1], &c = *unit.axis[2];
-        const int64_t plane_at = a.first + a.step * tile.plane;
+        const int rows = tile.rows(), columns = tile.columns();
         int number = 0;
-        for (int32_t r = tile.row.begin; r < tile.row.end; ++r) {
-            const int64_t row_at = b.first + static_cast<int64_t>(b.step) * r;
-            const int64_t state = tile.state + (r - tile.row.begin) * tile.state_row;
-            for (int32_t k = tile.column.begin; k < tile.column.end; ++k, ++number)
-                function(number, plane_at, row_at, c.first + static_cast<int64_t>(c.step) * k,
-                         state + (k - tile.column.begin));
-        }
+        for (int r = 0; r < rows; ++r)
+            for (int c = 0; c < columns; ++c, ++number) function(number, r, c);
+    }
+    // Calls function(number in the tile, coordinates on the three axes) for each target.
+    template <class Function>
+    VICINAL_INLINE void each_coordinate(const Tile& tile, const Function& function) const {
+        const Axis &a = *unit.axis[0], &b = *unit.axis[1], &c = *unit.axis[2];
+        const int64_t plane_at = a.first + static_cast<int64_t>(a.step) * tile.plane;
+        each_target(tile, [&](int number, int row_in, int column_in) {
+            function(number, plane_at, b.first + static_cast<int64_t>(b.step) * (tile.row.begin + row_in),
+                     c.first + static_cast<int64_t>(c.step) * (tile.column.begin + column_in));
+        });
+    }
+    VICINAL_INLINE Places places(const Tile& tile, const int64_t* strides, int64_t base) const {
+        const Axis &a = *unit.axis[0], &b = *unit.axis[1], &c = *unit.axis[2];
+        const int64_t plane_at = a.first + static_cast<int64_t>(a.step) * tile.plane;
+        const int64_t row_at = b.first + static_cast<int64_t>(b.step) * tile.row.begin;
+        const int64_t column_at = c.first + static_cast<int64_t>(c.step) * tile.column.begin;
+        return {base + plane_at * strides[0] + row_at * strides[1] + column_at * strides[2], b.step * strides[1],
+                c.step * strides[2]};
     }
 };
-
-VICINAL_INLINE int64_t place_of(const int64_t* strides, int64_t a, int64_t b, int64_t c) {
-    return a * strides[0] + b * strides[1] + c * strides[2];
-}
 
 // The targets of a tile as `dot` reads them.
 template <class S>
@@ -149,8 +164,9 @@ VICINAL_INLINE void load_targets(const Block& block, const Tile& tile, const Ope
     const int64_t dtype = block.job.dtype, bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
     // targets of tiles to come, on the same rows
     const int64_t ahead = 8 * block.unit.axis[2]->step * operand.axis[2], lines = (operand.dim * bytes + 63) / 64;
-    block.each_target(tile, [&](int number, int64_t a, int64_t b, int64_t c, int64_t) VICINAL_LAMBDA {
-        const int64_t offset = base + place_of(operand.axis, a, b, c);
+    const Places places = block.places(tile, operand.axis, base);
+    block.each_target(tile, [&](int number, int r, int c) VICINAL_LAMBDA {
+        const int64_t offset = places.at(r, c);
         for (int64_t line = 0; line < lines; ++line)
             VICINAL_PREFETCH(operand.data + (offset + ahead) * bytes + 64 * line);
         constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
@@ -419,7 +435,7 @@ struct Walk {
 
     inline uint32_t without_earlier(const Tile& tile, uint32_t* seen, int64_t plane, int64_t row, int64_t column) const {
         uint32_t any = 0;
-        block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) {
+        block.each_coordinate(tile, [&](int t, int64_t a, int64_t b, int64_t c) {
             const int64_t target[3] = {a, b, c};
             seen[t] &= ~earlier_lanes(seen[t], target, plane, row, column);
             any |= seen[t];
@@ -431,7 +447,7 @@ struct Walk {
     inline void look_up_bias(const Tile& tile, const float** to, int vector, int64_t plane, int64_t row, int64_t column) const {
         const Frame& f = sources.frame;
         const Job& job = block.job;
-        block.each_target(tile, [&](int t, int64_t a, int64_t b, int64_t c, int64_t) {
+        block.each_coordinate(tile, [&](int t, int64_t a, int64_t b, int64_t c) {
             const int64_t key[3] = {a, b, c};
             const int64_t target[3] = {tile.plane, tile.row.begin + t / tile.columns(),
                                        tile.column.begin + t % tile.columns()};
