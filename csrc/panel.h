@@ -39,7 +39,6 @@ struct Chunk {
 };
 
 struct Panel {
-    Chunk chunk;
     int64_t width;  // floats of one channel of one row group: columns * R, and a rim
     float* transposed[2];
     float* rows[2];
@@ -142,55 +141,43 @@ struct Packer {
         }
     }
 
-    static constexpr int64_t AHEAD = 4 * W;  // sources that are asked for before they are packed
-
-    VICINAL_INLINE void row_offsets(const Operand& operand, int64_t base, int64_t group, int64_t* offset) const {
+    // Whether all rows of the group are there.
+    VICINAL_INLINE bool row_offsets(const Operand& operand, int64_t base, int64_t group, int64_t* offset) const {
         int64_t plane, row[W];
         row_coordinates(group, &plane, row);
-        for (int r = 0; r < frame.R; ++r)
+        bool is_whole = true;
+        for (int r = 0; r < frame.R; ++r) {
             offset[r] = row[r] < 0 ? -1 : base + plane * operand.axis[0] + row[r] * operand.axis[1];
+            is_whole = is_whole && row[r] >= 0;
+        }
+        return is_whole;
     }
 
-    // Neighbors stand far apart in memory, a page for every few, where no machine sees by itself what comes next.
-    VICINAL_INLINE void ask_for(const Operand& operand, const int64_t* offset, int64_t column, int64_t bytes) const {
-        const int64_t lines = (operand.dim * bytes + 63) / 64;
-        const int64_t end = least(column + frame.C, chunk.column_end - chunk.column_begin);
-        for (; column < end; ++column)
-            for (int r = 0; r < frame.R; ++r) {
-                if (offset[r] < 0) continue;
-                const char* at = operand.data + (offset[r] + columns[column] * operand.axis[2]) * bytes;
-                for (int64_t line = 0; line < lines; ++line) VICINAL_PREFETCH(at + 64 * line);
-            }
-    }
-
-    // Packs one operand of one head: transposed where `transposed` is given, as rows where `rows` is.
-    void pack(const Operand& operand, int64_t base, float* transposed, float* rows) const {
+    // Packs a row group of one operand of one head: transposed where `transposed` is given, as rows where `rows` is.
+    void pack(const Operand& operand, int64_t base, int64_t group, float* transposed, float* rows) const {
         const int64_t dim = operand.dim, padded = round_up(dim, W), units = (dim + S::PAIR - 1) / S::PAIR;
         // rows can be read where they lie if they hold whole units
         const bool direct = operand.channel == 1 && dim % S::PAIR == 0 && (S::PAIR == 2 || dtype == VICINAL_FLOAT32);
-        const int64_t bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
+        const int64_t bytes = dtype == VICINAL_FLOAT32 ? 4 : 2, step = operand.axis[2], mask = frame.R - 1;
         const int64_t filled = (chunk.column_end - chunk.column_begin) * frame.R;
         int shift = 0;
         while ((1 << shift) < frame.R) ++shift;
-        int64_t offset[W], next[W];
-        row_offsets(operand, base, chunk.group_begin, next);
-        for (int64_t group = chunk.group_begin; group < chunk.group_end; ++group) {
-            for (int r = 0; r < frame.R; ++r) offset[r] = next[r];
-            if (group + 1 < chunk.group_end) row_offsets(operand, base, group + 1, next);
-            const int64_t place = group - chunk.group_begin;
-            float* to_transposed = transposed ? transposed + place * units * width : nullptr;
-            float* to_rows = rows ? rows + place * width / S::PAIR * padded : nullptr;
-            for (int64_t begin = 0; begin < filled; begin += W) {
-                const float* from[W];
-                const bool is_last = begin + AHEAD >= filled;  // then look into the next row group
-                ask_for(operand, is_last ? next : offset, (begin + AHEAD - (is_last ? filled : 0)) >> shift, bytes);
+        int64_t offset[W];
+        const bool is_whole = row_offsets(operand, base, group, offset);
+        for (int64_t begin = 0; begin < filled; begin += W) {
+            const float* from[W];
+            if (direct && is_whole && begin + W <= filled) {
+                for (int lane = 0; lane < W; ++lane)
+                    from[lane] = reinterpret_cast<const float*>(
+                        operand.data + (offset[lane & mask] + columns[(begin + lane) >> shift] * step) * bytes);
+            } else {
                 for (int lane = 0; lane < W; ++lane) {
-                    const int64_t column = columns[(begin + lane) >> shift], row_at = offset[(begin + lane) & (frame.R - 1)];
+                    const int64_t column = columns[(begin + lane) >> shift], row_at = offset[lane & mask];
                     if (column < 0 || row_at < 0) {
                         from[lane] = zeros;
                         continue;
                     }
-                    const int64_t at = row_at + column * operand.axis[2];
+                    const int64_t at = row_at + column * step;
                     if (direct) {
                         from[lane] = reinterpret_cast<const float*>(operand.data + at * bytes);
                     } else {
@@ -198,15 +185,15 @@ struct Packer {
                         from[lane] = scratch + lane * padded;
                     }
                 }
-                if (transposed) {
-                    int64_t d = 0;
-                    for (; d + W <= units; d += W) S::transpose(from, d, to_transposed + d * width + begin, width);
-                    for (; d < units; ++d)
-                        for (int lane = 0; lane < W; ++lane)
-                            std::memcpy(to_transposed + d * width + begin + lane, from[lane] + d, 4);
-                }
-                if (rows) copy_rows(from, dim, padded, to_rows + begin / S::PAIR * padded);
             }
+            if (transposed) {
+                int64_t d = 0;
+                for (; d + W <= units; d += W) S::transpose(from, d, transposed + d * width + begin, width);
+                for (; d < units; ++d)
+                    for (int lane = 0; lane < W; ++lane)
+                        std::memcpy(transposed + d * width + begin + lane, from[lane] + d, 4);
+            }
+            if (rows) copy_rows(from, dim, padded, rows + begin / S::PAIR * padded);
         }
     }
 
@@ -226,21 +213,18 @@ struct Packer {
         }
     }
 
-    // One number per source: factor * numbers, 0 where there is none or where it is -inf.
-    void pack_lanes(const float* numbers, const int64_t* strides, int64_t base, float factor, float* to) const {
+    // One number per source of a row group: factor * numbers, 0 where there is none or where it is -inf.
+    void pack_lanes(const float* numbers, const int64_t* strides, int64_t base, int64_t group, float factor, float* to) const {
         const int64_t filled = (chunk.column_end - chunk.column_begin) * frame.R;
         int shift = 0;
         while ((1 << shift) < frame.R) ++shift;
-        for (int64_t group = chunk.group_begin; group < chunk.group_end; ++group) {
-            int64_t plane, row[W];
-            row_coordinates(group, &plane, row);
-            for (int64_t lane = 0; lane < filled; ++lane) {
-                const int64_t column = columns[lane >> shift], at = row[lane & (frame.R - 1)];
-                float number = 0.0f;
-                if (column >= 0 && at >= 0)
-                    number = numbers[base + plane * strides[0] + at * strides[1] + column * strides[2]];
-                to[(group - chunk.group_begin) * width + lane] = number == -INFINITY ? 0.0f : number * factor;
-            }
+        int64_t plane, row[W];
+        row_coordinates(group, &plane, row);
+        for (int64_t lane = 0; lane < filled; ++lane) {
+            const int64_t column = columns[lane >> shift], at = row[lane & (frame.R - 1)];
+            float number = 0.0f;
+            if (column >= 0 && at >= 0) number = numbers[base + plane * strides[0] + at * strides[1] + column * strides[2]];
+            to[lane] = number == -INFINITY ? 0.0f : number * factor;
         }
     }
 };

@@ -24,15 +24,18 @@
 #include <immintrin.h>
 #endif
 
-// Asks for a cache line that will be read, or written; any address will do.
+// Asks for a cache line that will be read at once, read soon, or written; any address will do.
 #if defined(__GNUC__)
 #define VICINAL_PREFETCH(address) __builtin_prefetch(address)
+#define VICINAL_PREFETCH_SOON(address) __builtin_prefetch(address, 0, 2)
 #define VICINAL_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
 #elif defined(__AVX2__)
 #define VICINAL_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
+#define VICINAL_PREFETCH_SOON(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
 #define VICINAL_PREFETCH_TO_WRITE(address) VICINAL_PREFETCH(address)
 #else
 #define VICINAL_PREFETCH(address) (void)(address)
+#define VICINAL_PREFETCH_SOON(address) (void)(address)
 #define VICINAL_PREFETCH_TO_WRITE(address) (void)(address)
 #endif
 

@@ -91,7 +91,7 @@ VICINAL_INLINE void add_bias_gradient(const Pass& pass, const float* scores, con
 }
 
 template <class S, int T>
-inline void grad_query_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
+VICINAL_APART void grad_query_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
                             float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias) {
     constexpr int W = S::LANES;
     weigh_again<S, T>(job, panel, queries, tile, scores, pass, has_bias);
@@ -103,6 +103,69 @@ inline void grad_query_pass(const Job& job, const Panel& panel, const float* que
     mix<S, T>(pass, scores, panel.rows[0], panel.width, round_up(job.query.dim, W), tile.is_fresh ? nullptr : ones,
               tile.sums);
     tile.is_fresh = false;
+}
+
+// A block of queries of one head on its way through its keys once more.
+template <class S>
+struct QueryRun {
+    const Job& job;
+    const Block& block;
+    bool keeps_state;  // sums wait in the block's state between panels
+    int64_t query_base, grad_out_base, lse_base, sums_base, to_base;
+    float *sums, *queries, *grads;
+    float* grad_bias;
+    TileRoom<S>& room;
+};
+
+template <class S>
+VICINAL_INLINE void store_grad_query(const QueryRun<S>& run, const Tile& tile, float* const* sums) {
+    const Job& job = run.job;
+    if (!job.grad_query.data) return;
+    run.block.places(tile, job.grad_query.axis, run.to_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        store_row<S>(job.dtype, job.grad_query, place, sums[t], job.scale);
+    });
+}
+
+template <class S>
+VICINAL_APART void grad_query_tile(QueryRun<S>& run, const Tile& tile, const Walk<S>& walk, Filler<S>& filler, bool has_bias) {
+    const Job& job = run.job;
+    const Block& block = run.block;
+    const int64_t padded = round_up(job.query.dim, S::LANES);
+    filler.ask_ahead();
+    load_targets<S>(block, tile, job.query, run.query_base, run.queries);
+    load_targets<S>(block, tile, job.grad_out, run.grad_out_base, run.grads);
+    QueryTile state;
+    state.is_fresh = !run.keeps_state;
+    block.places(tile, job.lse_axis, run.lse_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        const float lse = job.lse[place];
+        state.lse[t] = lse == -INFINITY ? 0.0f : lse * LOG2_E;
+    });
+    block.places(tile, job.sums_axis, run.sums_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        state.row_sum[t] = job.row_sums[place];
+    });
+    block.state_places(tile).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        state.sums[t] = run.sums + (run.keeps_state ? place : t) * padded;
+    });
+    walk(tile, run.room.pass, [&](const Pass& pass) {
+#define VICINAL_CALL(T) \
+    grad_query_pass<S, T>(job, filler.panel, run.queries, run.grads, state, run.room.scores, pass, has_bias, run.grad_bias, walk.bias.data)
+        VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
+#undef VICINAL_CALL
+    });
+    if (run.keeps_state) return;
+    if (state.is_fresh)
+        for (int64_t i = 0; i < tile.count * padded; ++i) run.sums[i] = 0.0f;
+    store_grad_query<S>(run, tile, state.sums);
+}
+
+// Writes the gradients of a tile that have waited.
+template <class S>
+void store_waiting(QueryRun<S>& run, const Tile& tile) {
+    float* sums[MOST_TARGETS];
+    run.block.state_places(tile).each([&](int t, int64_t place) {
+        sums[t] = run.sums + place * round_up(run.job.query.dim, S::LANES);
+    });
+    store_grad_query<S>(run, tile, sums);
 }
 
 template <class S>
@@ -120,63 +183,34 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
     const int64_t kept = keeps_state ? block.targets() : MOST_TARGETS;
     Arena arena{static_cast<char*>(workspace.get(
         STATE, (kept * padded + targets_floats(key_dim) + targets_floats(value_dim)) * 4 + 256))};
-    float* sums = arena.take<float>(kept * padded);
-    float* queries = arena.take<float>(targets_floats(key_dim));
-    float* grads = arena.take<float>(targets_floats(value_dim));
-    if (keeps_state)
-        for (int64_t i = 0; i < kept * padded; ++i) sums[i] = 0.0f;
-    const BiasTable bias = bias_of<S>(job, head, workspace);
-    const int64_t query_base = sample * job.query.batch + q_head * job.query.head;
-    const int64_t grad_out_base = sample * job.grad_out.batch + q_head * job.grad_out.head;
-    const int64_t lse_base = sample * job.lse_batch + q_head * job.lse_head;
-    const int64_t sums_base = sample * job.sums_batch + q_head * job.sums_head;
-    const int64_t to_base = sample * job.grad_query.batch + q_head * job.grad_query.head;
     TileRoom<S> room;
-    QueryTile state;
-    const auto finish = [&](const Tile& tile) {
-        if (!job.grad_query.data) return;
-        const Places to = block.places(tile, job.grad_query.axis, to_base);
-        block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
-            store_row<S>(job.dtype, job.grad_query, to.at(r, c), state.sums[t], job.scale);
-        });
-    };
+    QueryRun<S> run{job, block, keeps_state, sample * job.query.batch + q_head * job.query.head,
+                    sample * job.grad_out.batch + q_head * job.grad_out.head, sample * job.lse_batch + q_head * job.lse_head,
+                    sample * job.sums_batch + q_head * job.sums_head,
+                    sample * job.grad_query.batch + q_head * job.grad_query.head, arena.take<float>(kept * padded),
+                    arena.take<float>(targets_floats(key_dim)), arena.take<float>(targets_floats(value_dim)), grad_bias, room};
+    if (keeps_state)
+        for (int64_t i = 0; i < kept * padded; ++i) run.sums[i] = 0.0f;
+    const BiasTable bias = bias_of<S>(job, head, workspace);
     for (int list = 0; list < lists.count(); ++list) {
         Sources sources;
         lists.open(list, sources);
         const bool has_bias = bias.data && !sources.is_extra;
         each_chunk<S>(sources, job.panel_bytes, packing.floats<S>(), [&](const Chunk& chunk) {
-            Panel panel;
-            fill_panel<S>(job, sources, chunk, packing, panel, workspace);
+            Filler<S> filler(job, sources, chunk, packing, workspace);
             Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
-            block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
-                load_targets<S>(block, tile, job.query, query_base, queries);
-                load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
-                state.is_fresh = !keeps_state;
-                const Places lse_at = block.places(tile, job.lse_axis, lse_base);
-                const Places sum_at = block.places(tile, job.sums_axis, sums_base);
-                block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
-                    const float lse = job.lse[lse_at.at(r, c)];
-                    state.lse[t] = lse == -INFINITY ? 0.0f : lse * LOG2_E;
-                    state.row_sum[t] = job.row_sums[sum_at.at(r, c)];
-                    state.sums[t] = sums + (keeps_state ? tile.state_at(r, c) : t) * padded;
-                });
-                walk(tile, room.pass, [&](const Pass& pass) {
-#define VICINAL_CALL(T) \
-    grad_query_pass<S, T>(job, panel, queries, grads, state, room.scores, pass, has_bias, grad_bias, bias.data)
-                    VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
-#undef VICINAL_CALL
-                });
-                if (keeps_state) return;
-                if (state.is_fresh)
-                    for (int64_t i = 0; i < tile.count * padded; ++i) sums[i] = 0.0f;
-                finish(tile);
+            const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
+                walk.open_row(tile);
+                filler.open_row(walk, tile);
+            };
+            block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
+                grad_query_tile<S>(run, tile, walk, filler, has_bias);
             });
         });
     }
     if (!keeps_state) return;
     block.each_tile([&](const Tile& tile) {
-        block.each_target(tile, [&](int t, int r, int c) { state.sums[t] = sums + tile.state_at(r, c) * padded; });
-        finish(tile);
+                store_waiting<S>(run, tile);
     });
 }
 
@@ -189,7 +223,7 @@ struct KeyTile {
 };
 
 template <class S, int T>
-inline void grad_key_pass(const Job& job, const Panel& panel, const float* keys, const float* values, KeyTile& tile,
+VICINAL_APART void grad_key_pass(const Job& job, const Panel& panel, const float* keys, const float* values, KeyTile& tile,
                           float* scores, const Pass& pass, bool has_bias) {
     constexpr int W = S::LANES;
     using F = typename S::F;
@@ -240,6 +274,37 @@ inline void write_row(int64_t dtype, const Operand& operand, int64_t offset, flo
     store_row<S>(dtype, operand, offset, sums, factor);
 }
 
+// A block of keys of one head on its way through the queries that see them.
+template <class S>
+struct KeyRun {
+    const Job& job;
+    const Block& block;
+    int64_t key_base, value_base;
+    float *key_sums, *value_sums, *keys, *values;
+    TileRoom<S>& room;
+};
+
+template <class S>
+VICINAL_APART void grad_key_tile(KeyRun<S>& run, const Tile& tile, const Walk<S>& walk, Filler<S>& filler, bool has_bias) {
+    const Job& job = run.job;
+    const int64_t key_padded = round_up(job.query.dim, S::LANES), value_padded = round_up(job.value.dim, S::LANES);
+    filler.ask_ahead();
+    load_targets<S>(run.block, tile, job.key, run.key_base, run.keys);
+    load_targets<S>(run.block, tile, job.value, run.value_base, run.values);
+    KeyTile state;
+    state.is_fresh = false;
+    run.block.state_places(tile).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        state.key_sums[t] = run.key_sums + place * key_padded;
+        state.value_sums[t] = run.value_sums + place * value_padded;
+    });
+    walk(tile, run.room.pass, [&](const Pass& pass) {
+#define VICINAL_CALL(T) \
+    grad_key_pass<S, T>(job, filler.panel, run.keys, run.values, state, run.room.scores, pass, has_bias)
+        VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
+#undef VICINAL_CALL
+    });
+}
+
 template <class S>
 void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace) {
     constexpr int W = S::LANES;
@@ -253,17 +318,13 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
     const int64_t floats = packing.floats<S>(), kept = block.targets();
     Arena arena{static_cast<char*>(
         workspace.get(STATE, (kept * (key_padded + value_padded) + targets_floats(key_dim) + targets_floats(value_dim)) * 4 + 256))};
-    float* key_sums = arena.take<float>(kept * key_padded);
-    float* value_sums = arena.take<float>(kept * value_padded);
-    float* keys = arena.take<float>(targets_floats(key_dim));
-    float* values = arena.take<float>(targets_floats(value_dim));
-    for (int64_t i = 0; i < kept * key_padded; ++i) key_sums[i] = 0.0f;
-    for (int64_t i = 0; i < kept * value_padded; ++i) value_sums[i] = 0.0f;
-    const int64_t key_base = sample * job.key.batch + head * job.key.head;
-    const int64_t value_base = sample * job.value.batch + head * job.value.head;
     TileRoom<S> room;
+    KeyRun<S> run{job, block, sample * job.key.batch + head * job.key.head, sample * job.value.batch + head * job.value.head,
+                  arena.take<float>(kept * key_padded), arena.take<float>(kept * value_padded),
+                  arena.take<float>(targets_floats(key_dim)), arena.take<float>(targets_floats(value_dim)), room};
+    for (int64_t i = 0; i < kept * key_padded; ++i) run.key_sums[i] = 0.0f;
+    for (int64_t i = 0; i < kept * value_padded; ++i) run.value_sums[i] = 0.0f;
     alignas(64) float bias_room[MOST_VECTORS * MOST_TARGETS * W];
-    KeyTile state;
     Sources sources;
     // the group's query heads that share this key head
     const int64_t head_begin = most(head * job.shared, job.first_head);
@@ -277,22 +338,14 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
         for (int list = 0; list < job.num_sources; ++list) {
             open_sources<S>(block, list, sources);
             each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
-                Panel panel;
-                fill_panel<S>(job, sources, chunk, packing, panel, workspace);
+                Filler<S> filler(job, sources, chunk, packing, workspace);
                 Walk<S> walk(block, sources, chunk, bias, false, bias_room, workspace);
-                block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
-                    load_targets<S>(block, tile, job.key, key_base, keys);
-                    load_targets<S>(block, tile, job.value, value_base, values);
-                    state.is_fresh = false;
-                    block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
-                        state.key_sums[t] = key_sums + tile.state_at(r, c) * key_padded;
-                        state.value_sums[t] = value_sums + tile.state_at(r, c) * value_padded;
-                    });
-                    walk(tile, room.pass, [&](const Pass& pass) {
-#define VICINAL_CALL(T) grad_key_pass<S, T>(job, panel, keys, values, state, room.scores, pass, bias.data != nullptr)
-                        VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
-#undef VICINAL_CALL
-                    });
+                const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
+                    walk.open_row(tile);
+                    filler.open_row(walk, tile);
+                };
+                block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
+                grad_key_tile<S>(run, tile, walk, filler, bias.data != nullptr);
                 });
             });
         }
@@ -307,9 +360,9 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
         block.each_target(tile, [&](int, int r, int c) {
             const int64_t place = tile.state_at(r, c);
             if (job.grad_key.data)
-                write_row<S>(job.dtype, job.grad_key, keys_at.at(r, c), key_sums + place * key_padded, job.scale, adds);
+                write_row<S>(job.dtype, job.grad_key, keys_at.at(r, c), run.key_sums + place * key_padded, job.scale, adds);
             if (job.grad_value.data)
-                write_row<S>(job.dtype, job.grad_value, values_at.at(r, c), value_sums + place * value_padded, 1.0f, adds);
+                write_row<S>(job.dtype, job.grad_value, values_at.at(r, c), run.value_sums + place * value_padded, 1.0f, adds);
         });
     });
 }

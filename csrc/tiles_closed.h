@@ -12,7 +12,7 @@ namespace vicinal {
 namespace {
 
 template <class S, int T>
-inline void closed_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
+VICINAL_APART void closed_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
                         float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias,
                         float* grad_keys, float* grad_values) {
     constexpr int W = S::LANES;
@@ -47,6 +47,70 @@ inline void write_sources(const Job& job, const Packer<S>& packer, const Operand
     }
 }
 
+// A unit on its way through the queries of one head.
+template <class S>
+struct ClosedRun {
+    const Job& job;
+    const Block& block;
+    int64_t query_base, grad_out_base, out_base, lse_base, grad_lse_base, to_base;
+    float *grad_keys, *grad_values, *sums, *out, *queries, *grads;
+    float* grad_bias;
+    TileRoom<S>& room;
+};
+
+// Row sums of the tile's queries: of grad_out times out, less the gradient of the log-sum-exp.
+template <class S>
+VICINAL_INLINE void row_sums_of(const ClosedRun<S>& run, const Tile& tile, QueryTile& state) {
+    constexpr int W = S::LANES;
+    const Job& job = run.job;
+    const int64_t padded = round_up(job.value.dim, W);
+    int64_t grad_out_at[MOST_TARGETS];
+    run.block.places(tile, job.grad_out.axis, run.grad_out_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        grad_out_at[t] = place;
+    });
+    run.block.places(tile, job.out.axis, run.out_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        load_row<S>(job.dtype, job.out, place, run.out);
+        load_row<S>(job.dtype, job.grad_out, grad_out_at[t], run.out + padded);
+        typename S::F products = S::zero();
+        for (int64_t d = 0; d < padded; d += W)
+            products = S::fma(S::load(run.out + d), S::load(run.out + padded + d), products);
+        state.row_sum[t] = S::sum(products);
+    });
+    if (!job.grad_lse) return;
+    run.block.places(tile, job.grad_lse_axis, run.grad_lse_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        state.row_sum[t] -= job.grad_lse[place];
+    });
+}
+
+template <class S>
+VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, const Walk<S>& walk, Filler<S>& filler) {
+    const Job& job = run.job;
+    const int64_t padded = round_up(job.query.dim, S::LANES);
+    filler.ask_ahead();
+    load_targets<S>(run.block, tile, job.query, run.query_base, run.queries);
+    load_targets<S>(run.block, tile, job.grad_out, run.grad_out_base, run.grads);
+    QueryTile state;
+    state.is_fresh = true;
+    row_sums_of<S>(run, tile, state);
+    run.block.places(tile, job.lse_axis, run.lse_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        const float lse = job.lse[place];
+        state.lse[t] = lse == -INFINITY ? 0.0f : lse * LOG2_E;
+        state.sums[t] = run.sums + t * padded;
+    });
+    walk(tile, run.room.pass, [&](const Pass& pass) {
+#define VICINAL_CALL(T) \
+    closed_pass<S, T>(job, filler.panel, run.queries, run.grads, state, run.room.scores, pass, walk.bias.data != nullptr, run.grad_bias, walk.bias.data, run.grad_keys, run.grad_values)
+        VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
+#undef VICINAL_CALL
+    });
+    if (!job.grad_query.data) return;
+    if (state.is_fresh)
+        for (int64_t i = 0; i < tile.count * padded; ++i) run.sums[i] = 0.0f;
+    run.block.places(tile, job.grad_query.axis, run.to_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        store_row<S>(job.dtype, job.grad_query, place, state.sums[t], job.scale);
+    });
+}
+
 // `head` is a key head, which has one query head here or more; grad_bias only where it has one.
 template <class S>
 void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, float* grad_bias,
@@ -66,8 +130,8 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     open_sources<S>(block, 0, sources);
     const Frame& f = sources.frame;
     const Chunk chunk{0, f.row_groups(), f.column_begin, f.column_end};
-    Panel panel;
-    fill_panel<S>(job, sources, chunk, packing, panel, workspace);
+    Filler<S> filler(job, sources, chunk, packing, workspace);
+    const Panel& panel = filler.panel;
     const int64_t places = f.row_groups() * panel.width;
     Arena arena{static_cast<char*>(workspace.get(
         STATE, (places * (key_padded + value_padded) + MOST_TARGETS * key_padded + 2 * value_padded +
@@ -85,58 +149,27 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     for (int64_t i = 0; i < targets_floats(value_dim); ++i) grads[i] = 0.0f;
     for (int64_t i = 0; i < 2 * value_padded; ++i) out[i] = 0.0f;
     TileRoom<S> room;
-    QueryTile state;
     const int64_t head_begin = most(head * job.shared, job.first_head);
     const int64_t head_end = least((head + 1) * job.shared, job.first_head + job.heads);
     for (int64_t q_head = head_begin; q_head < head_end; ++q_head) {
         const BiasTable bias = bias_of<S>(job, q_head - job.first_head, workspace);
-        const int64_t query_base = sample * job.query.batch + q_head * job.query.head;
-        const int64_t grad_out_base = sample * job.grad_out.batch + q_head * job.grad_out.head;
-        const int64_t out_base = sample * job.out.batch + q_head * job.out.head;
-        const int64_t lse_base = sample * job.lse_batch + q_head * job.lse_head;
-        const int64_t grad_lse_base = sample * job.grad_lse_batch + q_head * job.grad_lse_head;
-        const int64_t to_base = sample * job.grad_query.batch + q_head * job.grad_query.head;
+        ClosedRun<S> run{job, block, sample * job.query.batch + q_head * job.query.head,
+                         sample * job.grad_out.batch + q_head * job.grad_out.head,
+                         sample * job.out.batch + q_head * job.out.head, sample * job.lse_batch + q_head * job.lse_head,
+                         sample * job.grad_lse_batch + q_head * job.grad_lse_head,
+                         sample * job.grad_query.batch + q_head * job.grad_query.head, grad_keys, grad_values, sums, out,
+                         queries, grads, grad_bias, room};
         Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
-        block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
-            load_targets<S>(block, tile, job.query, query_base, queries);
-            load_targets<S>(block, tile, job.grad_out, grad_out_base, grads);
-            state.is_fresh = true;
-            const Places out_at = block.places(tile, job.out.axis, out_base);
-            const Places grad_out_at = block.places(tile, job.grad_out.axis, grad_out_base);
-            const Places lse_at = block.places(tile, job.lse_axis, lse_base);
-            const Places grad_lse_at = block.places(tile, job.grad_lse_axis, grad_lse_base);
-            block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
-                load_row<S>(job.dtype, job.out, out_at.at(r, c), out);
-                load_row<S>(job.dtype, job.grad_out, grad_out_at.at(r, c), out + value_padded);
-                typename S::F products = S::zero();
-                for (int64_t d = 0; d < value_padded; d += W)
-                    products = S::fma(S::load(out + d), S::load(out + value_padded + d), products);
-                state.row_sum[t] = S::sum(products);
-                if (job.grad_lse) state.row_sum[t] -= job.grad_lse[grad_lse_at.at(r, c)];
-                const float lse = job.lse[lse_at.at(r, c)];
-                state.lse[t] = lse == -INFINITY ? 0.0f : lse * LOG2_E;
-                state.sums[t] = sums + t * key_padded;
-            });
-            walk(tile, room.pass, [&](const Pass& pass) {
-#define VICINAL_CALL(T)                                                                                               \
-    closed_pass<S, T>(job, panel, queries, grads, state, room.scores, pass, bias.data != nullptr, grad_bias, bias.data, \
-                      grad_keys, grad_values)
-                VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
-#undef VICINAL_CALL
-            });
-            if (!job.grad_query.data) return;
-            if (state.is_fresh)
-                for (int64_t i = 0; i < tile.count * key_padded; ++i) sums[i] = 0.0f;
-            const Places to = block.places(tile, job.grad_query.axis, to_base);
-            block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
-                store_row<S>(job.dtype, job.grad_query, to.at(r, c), state.sums[t], job.scale);
-            });
+        const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
+            walk.open_row(tile);
+            filler.open_row(walk, tile);
+        };
+        block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
+                closed_tile<S>(run, tile, walk, filler);
         });
     }
-    // the coordinates of the columns are still where the panel was made
-    const Packer<S> packer = packer_of<S>(job, sources, chunk, packing, panel.width, workspace);
-    write_sources<S>(job, packer, job.grad_key, sample * job.grad_key.batch + head * job.grad_key.head, grad_keys, job.scale);
-    write_sources<S>(job, packer, job.grad_value, sample * job.grad_value.batch + head * job.grad_value.head, grad_values,
+    write_sources<S>(job, filler.packer, job.grad_key, sample * job.grad_key.batch + head * job.grad_key.head, grad_keys, job.scale);
+    write_sources<S>(job, filler.packer, job.grad_value, sample * job.grad_value.batch + head * job.grad_value.head, grad_values,
                      1.0f);
 }
 

@@ -90,32 +90,102 @@ inline Packer<S> packer_of(const Job& job, const Sources& sources, const Chunk& 
     return Packer<S>{job.dtype, f, chunk, width, coordinates, rows, zeros};
 }
 
+// Packs the row groups of a panel when a row of tiles first sees them, and asks for those that the next row will see
+// while this one is computed: reading them all at the start would leave nothing to compute meanwhile.
 template <class S>
-inline void fill_panel(const Job& job, const Sources& sources, const Chunk& chunk, const Packing& packing, Panel& panel,
-                       const Workspace& workspace) {
-    constexpr int W = S::LANES;
-    const Frame& f = sources.frame;
-    const int64_t columns = chunk.column_end - chunk.column_begin, groups = chunk.group_end - chunk.group_begin;
-    panel.chunk = chunk;
-    panel.width = panel_width(columns, f.R, f.C);
-    const int64_t size = groups * panel.width;
-    Arena arena{static_cast<char*>(workspace.get(PANEL, (size * packing.template floats<S>() + 8 * W) * 4 + 64 * 8))};
-    const Packer<S> packer = packer_of<S>(job, sources, chunk, packing, panel.width, workspace);
-    for (int i = 0; i < 2; ++i) {
-        const int64_t dim = packing.operand[i].dim;
-        panel.transposed[i] = packing.transposed[i] ? arena.take<float>(size * units_of<S>(dim) + W) : nullptr;
-        panel.rows[i] = packing.rows[i] ? arena.take<float>(size / S::PAIR * round_up(dim, W)) : nullptr;
-        if (packing.transposed[i] || packing.rows[i])
-            packer.pack(packing.operand[i], packing.base[i], panel.transposed[i], panel.rows[i]);
+struct Filler {
+    const Job& job;
+    const Packing& packing;
+    const Chunk chunk;
+    Panel panel;
+    Packer<S> packer;
+    char* is_packed;  // by row group
+    // what is asked for: row groups, where the rows of the first of them begin, and how far it has come
+    int64_t next = 0, next_end = 0, next_column = 0, columns_at_once = 0;
+    const char* asked[2][S::LANES];
+
+    Filler(const Job& j, const Sources& sources, const Chunk& c, const Packing& p, const Workspace& workspace)
+        : job(j), packing(p), chunk(c), packer(packer_of<S>(j, sources, chunk, p, panel_width_of(sources, c), workspace)) {
+        constexpr int W = S::LANES;
+        const int64_t groups = chunk.group_end - chunk.group_begin;
+        panel.width = packer.width;
+        const int64_t size = groups * panel.width;
+        Arena arena{static_cast<char*>(
+            workspace.get(PANEL, (size * packing.template floats<S>() + 8 * W) * 4 + groups + 64 * 9))};
+        for (int i = 0; i < 2; ++i) {
+            const int64_t dim = packing.operand[i].dim;
+            panel.transposed[i] = packing.transposed[i] ? arena.take<float>(size * units_of<S>(dim) + W) : nullptr;
+            panel.rows[i] = packing.rows[i] ? arena.take<float>(size / S::PAIR * round_up(dim, W)) : nullptr;
+            panel.lanes[i] = packing.lanes ? arena.take<float>(size + W) : nullptr;
+        }
+        is_packed = arena.take<char>(groups);
+        for (int64_t group = 0; group < groups; ++group) is_packed[group] = 0;
     }
-    panel.lanes[0] = panel.lanes[1] = nullptr;
-    if (packing.lanes) {
-        panel.lanes[0] = arena.take<float>(size + W);
-        panel.lanes[1] = arena.take<float>(size + W);
-        packer.pack_lanes(job.lse, job.lse_axis, packing.lse_base, LOG2_E, panel.lanes[0]);
-        packer.pack_lanes(job.row_sums, job.sums_axis, packing.sums_base, 1.0f, panel.lanes[1]);
+
+    static VICINAL_INLINE int64_t panel_width_of(const Sources& sources, const Chunk& c) {
+        return panel_width(c.column_end - c.column_begin, sources.frame.R, sources.frame.C);
     }
-}
+
+    VICINAL_APART void pack(int64_t group) {
+        const int64_t place = group * panel.width;
+        is_packed[group] = 1;
+        for (int i = 0; i < 2; ++i) {
+            const int64_t dim = packing.operand[i].dim;
+            if (!packing.transposed[i] && !packing.rows[i]) continue;
+            packer.pack(packing.operand[i], packing.base[i], chunk.group_begin + group,
+                        packing.transposed[i] ? panel.transposed[i] + place * units_of<S>(dim) : nullptr,
+                        packing.rows[i] ? panel.rows[i] + place / S::PAIR * round_up(dim, S::LANES) : nullptr);
+        }
+        if (!packing.lanes) return;
+        packer.pack_lanes(job.lse, job.lse_axis, packing.lse_base, chunk.group_begin + group, LOG2_E, panel.lanes[0] + place);
+        packer.pack_lanes(job.row_sums, job.sums_axis, packing.sums_base, chunk.group_begin + group, 1.0f,
+                          panel.lanes[1] + place);
+    }
+
+    // What a row of tiles sees is there afterwards.
+    VICINAL_INLINE void open_row(const Walk<S>& walk, const Tile& tile) {
+        for (int64_t i = 0; i < walk.num_rows; ++i)
+            if (!is_packed[walk.rows[i].group]) pack(walk.rows[i].group);
+        const int64_t after = walk.num_rows ? walk.rows[walk.num_rows - 1].group + 1 : 0;
+        const int64_t groups = (tile.rows() + packer.frame.R - 1) / packer.frame.R;
+        const int64_t tiles = walk.block.column_tiles.end - walk.block.column_tiles.begin;
+        next_end = walk.num_rows ? least(after + groups, chunk.group_end - chunk.group_begin) : after;
+        columns_at_once = ((chunk.column_end - chunk.column_begin) * groups + tiles - 1) / tiles;
+        ask_from(after);
+    }
+
+    // For every tile of the row: its share of what the next row will see.
+    VICINAL_INLINE void ask_ahead() {
+        if (next >= next_end) return;
+        const int64_t columns = chunk.column_end - chunk.column_begin, end = least(next_column + columns_at_once, columns);
+        const int64_t bytes = job.dtype == VICINAL_FLOAT32 ? 4 : 2;
+        for (int i = 0; i < 2; ++i) {
+            const Operand& operand = packing.operand[i];
+            const int64_t step = operand.axis[2] * bytes, size = operand.dim * bytes;
+            for (int r = 0; r < packer.frame.R && asked[i][r]; ++r)
+                for (int64_t column = next_column; column < end; ++column) {
+                    const char* at = asked[i][r] + packer.columns[column] * step;
+                    for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH_SOON(at + byte);
+                }
+        }
+        next_column = end;
+        if (end == columns) ask_from(next + 1);
+    }
+
+    VICINAL_APART void ask_from(int64_t group) {
+        const int64_t bytes = job.dtype == VICINAL_FLOAT32 ? 4 : 2;
+        for (next = group; next < next_end && is_packed[next];) ++next;
+        next_column = 0;
+        if (next >= next_end) return;
+        for (int i = 0; i < 2; ++i) {
+            int64_t offset[S::LANES];
+            packer.row_offsets(packing.operand[i], packing.base[i], chunk.group_begin + next, offset);
+            const bool is_read = packing.transposed[i] || packing.rows[i];
+            for (int r = 0; r < packer.frame.R; ++r)
+                asked[i][r] = is_read && offset[r] >= 0 ? packing.operand[i].data + offset[r] * bytes : nullptr;
+        }
+    }
+};
 
 template <class S, class Visit>
 inline void each_chunk(const Sources& sources, int64_t panel_bytes, int64_t floats, const Visit& visit) {
@@ -189,7 +259,7 @@ struct ForwardTile {
 };
 
 template <class S, int T>
-inline void forward_pass(const Job& job, const Panel& panel, const float* targets, ForwardTile<S>& tile, float* scores,
+VICINAL_APART void forward_pass(const Job& job, const Panel& panel, const float* targets, ForwardTile<S>& tile, float* scores,
                          const Pass& pass, bool has_bias) {
     constexpr int W = S::LANES;
     using F = typename S::F;
@@ -268,23 +338,6 @@ VICINAL_INLINE float log_of(float value) {
     return exponent * LN_2 + 2.0f * (s + s * square * series);
 }
 
-// Writes the output of a tile; what the log-sum-exp is made from waits at the targets' places in the block.
-template <class S>
-VICINAL_INLINE void finish_tile(const Block& block, const Tile& tile, const ForwardTile<S>& done, int64_t out_base, float* top,
-                                float* total) {
-    const Job& job = block.job;
-    float inverse[MOST_TARGETS];
-    for (int t = 0; t < MOST_TARGETS; ++t)  // all of them, so that it is done at once
-        inverse[t] = done.total[t] > 0.0f ? 1.0f / done.total[t] : 0.0f;
-    const Places to = block.places(tile, job.out.axis, out_base);
-    block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
-        store_row<S>(job.dtype, job.out, to.at(r, c), done.sums[t], inverse[t]);
-        const int64_t place = tile.state_at(r, c);
-        top[place] = done.top[t];
-        total[place] = done.total[t];
-    });
-}
-
 // Writes the log-sum-exp of a block's targets from their maxima and totals; these are overwritten.
 VICINAL_APART void finish_lse(const Block& block, int64_t lse_base, const float* top, float* total) {
     const Job& job = block.job;
@@ -299,14 +352,86 @@ VICINAL_APART void finish_lse(const Block& block, int64_t lse_base, const float*
     });
 }
 
+// A block of queries of one head on its way through its keys.
+template <class S>
+struct ForwardRun {
+    const Job& job;
+    const Block& block;
+    bool keeps_state;  // sums wait in the block's state between panels
+    int64_t query_base, out_base;
+    float *sums, *top, *total;  // of all targets; sums only of a tile's where they do not wait
+    float* targets;
+    TileRoom<S>& room;
+};
+
 // Fetches the lines that a tile will be written to while it is computed.
 VICINAL_INLINE void ask_for_room(const Block& block, const Tile& tile, const Operand& operand, int64_t base) {
-    const int64_t bytes = block.job.dtype == VICINAL_FLOAT32 ? 4 : 2, lines = (operand.dim * bytes + 63) / 64;
-    const Places places = block.places(tile, operand.axis, base);
-    block.each_target(tile, [&](int, int r, int c) VICINAL_LAMBDA {
-        const char* at = operand.data + places.at(r, c) * bytes;
-        for (int64_t line = 0; line < lines; ++line) VICINAL_PREFETCH_TO_WRITE(at + 64 * line);
+    const int64_t bytes = block.job.dtype == VICINAL_FLOAT32 ? 4 : 2, size = operand.dim * bytes;
+    block.places(tile, operand.axis, base).each([&](int, int64_t place) VICINAL_LAMBDA {
+        for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH_TO_WRITE(operand.data + place * bytes + byte);
     });
+}
+
+// Writes the output of a tile; what the log-sum-exp is made from waits at the targets' places in the block.
+template <class S>
+VICINAL_INLINE void finish_tile(const ForwardRun<S>& run, const Tile& tile, const ForwardTile<S>& done) {
+    float inverse[MOST_TARGETS];
+    for (int t = 0; t < MOST_TARGETS; ++t)  // all of them, so that it is done at once
+        inverse[t] = done.total[t] > 0.0f ? 1.0f / done.total[t] : 0.0f;
+    const Job& job = run.job;
+    run.block.places(tile, job.out.axis, run.out_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+        store_row<S>(job.dtype, job.out, place, done.sums[t], inverse[t]);
+    });
+}
+
+template <class S>
+VICINAL_APART void forward_tile(ForwardRun<S>& run, const Tile& tile, const Walk<S>& walk, Filler<S>& filler, bool has_bias) {
+    const Job& job = run.job;
+    const int64_t padded = round_up(job.value.dim, S::LANES);
+    const Places state_at = run.block.state_places(tile);
+    filler.ask_ahead();
+    load_targets<S>(run.block, tile, job.query, run.query_base, run.targets);
+    ForwardTile<S> state;
+    state.is_fresh = !run.keeps_state;
+    if (run.keeps_state) {
+        state_at.each([&](int t, int64_t place) VICINAL_LAMBDA {
+            state.top[t] = run.top[place];
+            state.total[t] = run.total[place];
+            state.sums[t] = run.sums + place * padded;
+        });
+    } else {
+        ask_for_room(run.block, tile, job.out, run.out_base);
+        for (int t = 0; t < tile.count; ++t) {
+            state.top[t] = FAR_BELOW;
+            state.sums[t] = run.sums + t * padded;
+        }
+    }
+    walk(tile, run.room.pass, [&](const Pass& pass) {
+#define VICINAL_CALL(T) \
+    forward_pass<S, T>(job, filler.panel, run.targets, state, run.room.scores, pass, has_bias)
+        VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
+#undef VICINAL_CALL
+    });
+    state_at.each([&](int t, int64_t place) VICINAL_LAMBDA {
+        run.top[place] = state.top[t];
+        run.total[place] = state.total[t];
+    });
+    if (run.keeps_state) return;
+    if (state.is_fresh)  // nobody sees anything
+        for (int64_t i = 0; i < tile.count * padded; ++i) run.sums[i] = 0.0f;
+    finish_tile<S>(run, tile, state);
+}
+
+// Writes the output of a tile that has waited.
+template <class S>
+void finish_waiting(ForwardRun<S>& run, const Tile& tile) {
+    ForwardTile<S> state;
+    const int64_t padded = round_up(run.job.value.dim, S::LANES);
+    run.block.state_places(tile).each([&](int t, int64_t place) {
+        state.total[t] = run.total[place];
+        state.sums[t] = run.sums + place * padded;
+    });
+    finish_tile<S>(run, tile, state);
 }
 
 template <class S>
@@ -322,77 +447,37 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
     const bool keeps_state = lists.chunks() != 1;
     const int64_t all = block.targets(), kept = keeps_state ? all : MOST_TARGETS;
     Arena arena{static_cast<char*>(workspace.get(STATE, (kept * padded + 2 * all + targets_floats(key_dim)) * 4 + 256))};
-    float* sums = arena.take<float>(kept * padded);
-    float* top = arena.take<float>(all);
-    float* total = arena.take<float>(all);
-    float* targets = arena.take<float>(targets_floats(key_dim));
+    TileRoom<S> room;
+    ForwardRun<S> run{job, block, keeps_state, sample * job.query.batch + q_head * job.query.head,
+                      sample * job.out.batch + q_head * job.out.head, arena.take<float>(kept * padded),
+                      arena.take<float>(all), arena.take<float>(all), arena.take<float>(targets_floats(key_dim)), room};
     if (keeps_state) {
-        for (int64_t i = 0; i < kept * padded; ++i) sums[i] = 0.0f;
-        for (int64_t i = 0; i < all; ++i) top[i] = FAR_BELOW;
-        for (int64_t i = 0; i < all; ++i) total[i] = 0.0f;
+        for (int64_t i = 0; i < kept * padded; ++i) run.sums[i] = 0.0f;
+        for (int64_t i = 0; i < all; ++i) run.top[i] = FAR_BELOW;
+        for (int64_t i = 0; i < all; ++i) run.total[i] = 0.0f;
     }
     const BiasTable bias = bias_of<S>(job, head, workspace);
-    const int64_t query_base = sample * job.query.batch + q_head * job.query.head;
-    const int64_t out_base = sample * job.out.batch + q_head * job.out.head;
-    const int64_t lse_base = sample * job.lse_batch + q_head * job.lse_head;
-    TileRoom<S> room;
-    ForwardTile<S> state;
     for (int list = 0; list < lists.count(); ++list) {
         Sources sources;
         lists.open(list, sources);
         const bool has_bias = bias.data && !sources.is_extra;
         each_chunk<S>(sources, job.panel_bytes, packing.floats<S>(), [&](const Chunk& chunk) {
-            Panel panel;
-            fill_panel<S>(job, sources, chunk, packing, panel, workspace);
+            Filler<S> filler(job, sources, chunk, packing, workspace);
             Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
-            block.each_tile([&](const Tile& tile) VICINAL_LAMBDA { walk.open_row(tile); }, [&](const Tile& tile) VICINAL_LAMBDA {
-                load_targets<S>(block, tile, job.query, query_base, targets);
-                state.is_fresh = !keeps_state;
-                if (!keeps_state) ask_for_room(block, tile, job.out, out_base);
-                if (keeps_state) {
-                    block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
-                        const int64_t place = tile.state_at(r, c);
-                        state.top[t] = top[place];
-                        state.total[t] = total[place];
-                        state.sums[t] = sums + place * padded;
-                    });
-                } else {
-                    for (int t = 0; t < tile.count; ++t) {
-                        state.top[t] = FAR_BELOW;
-                        state.total[t] = 0.0f;
-                        state.sums[t] = sums + t * padded;
-                    }
-                }
-                walk(tile, room.pass, [&](const Pass& pass) {
-#define VICINAL_CALL(T) forward_pass<S, T>(job, panel, targets, state, room.scores, pass, has_bias)
-                    VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
-#undef VICINAL_CALL
-                });
-                if (keeps_state) {
-                    block.each_target(tile, [&](int t, int r, int c) VICINAL_LAMBDA {
-                        const int64_t place = tile.state_at(r, c);
-                        top[place] = state.top[t];
-                        total[place] = state.total[t];
-                    });
-                } else {
-                    if (state.is_fresh)  // nobody sees anything
-                        for (int64_t i = 0; i < tile.count * padded; ++i) sums[i] = 0.0f;
-                    finish_tile<S>(block, tile, state, out_base, top, total);
-                }
+            const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
+                walk.open_row(tile);
+                filler.open_row(walk, tile);
+            };
+            block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
+                forward_tile<S>(run, tile, walk, filler, has_bias);
             });
         });
     }
     if (keeps_state)
         block.each_tile([&](const Tile& tile) {
-            block.each_target(tile, [&](int t, int r, int c) {
-                const int64_t place = tile.state_at(r, c);
-                state.top[t] = top[place];
-                state.total[t] = total[place];
-                state.sums[t] = sums + place * padded;
-            });
-            finish_tile<S>(block, tile, state, out_base, top, total);
+                finish_waiting<S>(run, tile);
         });
-    finish_lse(block, lse_base, top, total);
+    finish_lse(block, sample * job.lse_batch + q_head * job.lse_head, run.top, run.total);
 }
 
 }  // namespace

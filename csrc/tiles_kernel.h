@@ -73,7 +73,7 @@ struct Tile {
     int64_t plane;      // target of the class on the first axis
     Run row, column;    // targets of the class on the others
     int column_tile;    // number within the block
-    int count;          // of targets, row by row
+    int count;          // of targets, column by column
     int64_t state;      // the first target's place in the block, and what a row adds
     int64_t state_row;
 
@@ -85,7 +85,22 @@ struct Tile {
 // Where the targets of a tile stand in a tensor: the first of them, and what a row and a column add.
 struct Places {
     int64_t first, row, column;
+    int rows, count;  // of the tile
     VICINAL_INLINE int64_t at(int r, int c) const { return first + r * row + c * column; }
+
+    // Calls function(number in the tile, place) for each target, column by column.
+    template <class Function>
+    VICINAL_INLINE void each(const Function& function) const {
+        int64_t top = first, place = first;
+        int r = 0;
+        for (int t = 0; t < count; ++t) {
+            function(t, place);
+            const bool ends = ++r == rows;
+            top += ends ? column : 0;
+            place = ends ? top : place + row;
+            r = ends ? 0 : r;
+        }
+    }
 };
 
 // A block of targets and what is remembered of them between chunks.
@@ -130,13 +145,13 @@ struct Block {
     VICINAL_INLINE void each_tile(const Function& function) const {
         each_tile([](const Tile&) VICINAL_LAMBDA {}, function);
     }
-    // Calls function(number in the tile, row and column within it) for each target.
+    // Calls function(number in the tile, row and column within it) for each target, column by column.
     template <class Function>
     VICINAL_INLINE void each_target(const Tile& tile, const Function& function) const {
         const int rows = tile.rows(), columns = tile.columns();
         int number = 0;
-        for (int r = 0; r < rows; ++r)
-            for (int c = 0; c < columns; ++c, ++number) function(number, r, c);
+        for (int c = 0; c < columns; ++c)
+            for (int r = 0; r < rows; ++r, ++number) function(number, r, c);
     }
     // Calls function(number in the tile, coordinates on the three axes) for each target.
     template <class Function>
@@ -154,33 +169,37 @@ struct Block {
         const int64_t row_at = b.first + static_cast<int64_t>(b.step) * tile.row.begin;
         const int64_t column_at = c.first + static_cast<int64_t>(c.step) * tile.column.begin;
         return {base + plane_at * strides[0] + row_at * strides[1] + column_at * strides[2], b.step * strides[1],
-                c.step * strides[2]};
+                c.step * strides[2], tile.rows(), tile.count};
     }
+    // Places in what is remembered of the block.
+    VICINAL_INLINE Places state_places(const Tile& tile) const { return {tile.state, tile.state_row, 1, tile.rows(), tile.count}; }
 };
 
 // The targets of a tile as `dot` reads them.
 template <class S>
-VICINAL_INLINE void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to) {
+VICINAL_APART void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to) {
     const int64_t dtype = block.job.dtype, bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
-    // targets of tiles to come, on the same rows
-    const int64_t ahead = 8 * block.unit.axis[2]->step * operand.axis[2], lines = (operand.dim * bytes + 63) / 64;
     const Places places = block.places(tile, operand.axis, base);
-    block.each_target(tile, [&](int number, int r, int c) VICINAL_LAMBDA {
-        const int64_t offset = places.at(r, c);
-        for (int64_t line = 0; line < lines; ++line)
-            VICINAL_PREFETCH(operand.data + (offset + ahead) * bytes + 64 * line);
-        constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
-        if (operand.dim <= BLOCK) {
-            load_units<S>(dtype, operand, offset, to + number * DIM_BLOCK);
-            return;
-        }
-        Operand part = operand;
-        for (int64_t begin = 0; begin < operand.dim; begin += BLOCK) {
-            part.dim = static_cast<int32_t>(least(BLOCK, operand.dim - begin));
-            load_units<S>(dtype, part, offset + begin * operand.channel,
-                          to + (begin / BLOCK * MOST_TARGETS + number) * DIM_BLOCK);
-        }
+    // the same targets of the next row of tiles
+    const char* ahead = operand.data + places.row * places.rows * bytes;
+    const int64_t lines = (operand.dim * bytes + 63) / 64;
+    places.each([&](int, int64_t place) VICINAL_LAMBDA {
+        for (int64_t line = 0; line < lines; ++line) VICINAL_PREFETCH_SOON(ahead + place * bytes + 64 * line);
     });
+    constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
+    if (operand.dim <= BLOCK) {
+        places.each([&](int t, int64_t place) VICINAL_LAMBDA {
+            load_units<S>(dtype, operand, place, to + t * DIM_BLOCK);
+        });
+        return;
+    }
+    Operand part = operand;
+    for (int64_t begin = 0; begin < operand.dim; begin += BLOCK) {
+        part.dim = static_cast<int32_t>(least(BLOCK, operand.dim - begin));
+        places.each([&](int t, int64_t place) VICINAL_LAMBDA {
+            load_units<S>(dtype, part, place + begin * operand.channel, to + (begin / BLOCK * MOST_TARGETS + t) * DIM_BLOCK);
+        });
+    }
 }
 
 // One list of sources of a block: its frame, and what masks and biases need.
@@ -273,17 +292,19 @@ VICINAL_INLINE bool sees_earlier(const Earlier& earlier, int axis, int64_t query
 
 constexpr int MOST_KEPT = 8;  // vectors of a row of a tile whose masks are remembered
 
-// A row group that a row of tiles sees, and which of its lanes each row of targets sees.
+// A row group that a row of tiles sees, and which of its lanes each target of a tile sees: its row of targets, as often
+// as a tile has columns.
 struct SeenRow {
     int64_t plane, row;  // in steps
     int64_t group;       // within the panel
+    uint32_t any;
     uint32_t lanes[MOST_TARGETS];
 };
 
-// The columns that a column of tiles sees.
+// The columns that a column of tiles sees, and which of their lanes each target of a tile sees.
 struct SeenColumns {
     int64_t low, vectors;
-    uint32_t lanes[MOST_KEPT][MOST_TARGETS];  // where there are so few vectors
+    uint32_t any[MOST_KEPT], lanes[MOST_KEPT][MOST_TARGETS];  // where there are so few vectors
 };
 
 // The vectors that a tile looks at, a pass at a time. Masks are products of rows and columns; those of a row of tiles
@@ -300,30 +321,53 @@ struct Walk {
     SeenRow* rows;
     SeenColumns* columns;
     int64_t num_rows;
+    int rows_of_tile;  // that `columns` were made for
 
     Walk(const Block& b, const Sources& s, const Chunk& c, const BiasTable& table, bool queries, float* room,
          const Workspace& workspace)
-        : block(b), sources(s), chunk(c), bias(table), targets_are_queries(queries), bias_room(room), num_rows(0) {
+        : block(b), sources(s), chunk(c), bias(table), targets_are_queries(queries), bias_room(room), num_rows(0),
+          rows_of_tile(0) {
         const int64_t tiles = b.column_tiles.end - b.column_tiles.begin, groups = c.group_end - c.group_begin;
         char* memory = static_cast<char*>(
             workspace.get(WALK, tiles * sizeof(SeenColumns) + groups * sizeof(SeenRow)));
         columns = reinterpret_cast<SeenColumns*>(memory);
         rows = reinterpret_cast<SeenRow*>(memory + tiles * sizeof(SeenColumns));
-        for (int64_t t = 0; t < tiles; ++t) {
-            const Run run = b.unit.axis[2]->tiles[b.column_tiles.begin + t];
-            SeenColumns& seen = columns[t];
-            seen.low = even_column<S>(s.frame.R, most(s.low(2, run.begin), c.column_begin));
-            seen.vectors = (least(s.high(2, run.end - 1), c.column_end) - seen.low + s.frame.C - 1) / s.frame.C;
+    }
+
+    // The masks of targets one after another, each for all the rows of a tile.
+    VICINAL_INLINE uint32_t column_masks(const Run& run, int64_t begin, uint32_t* lanes) const {
+        uint32_t any = 0;
+        int t = 0;
+        for (int32_t column = run.begin; column < run.end; ++column) {
+            const uint32_t mask = column_mask(column, begin);
+            any |= mask;
+            for (int r = 0; r < rows_of_tile; ++r) lanes[t++] = mask;
+        }
+        for (; t < MOST_TARGETS; ++t) lanes[t] = 0;
+        return any;
+    }
+
+    VICINAL_APART void open_columns() {
+        const int64_t tiles = block.column_tiles.end - block.column_tiles.begin;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const Run run = block.unit.axis[2]->tiles[block.column_tiles.begin + tile];
+            SeenColumns& seen = columns[tile];
+            seen.low = even_column<S>(sources.frame.R, most(sources.low(2, run.begin), chunk.column_begin));
+            seen.vectors =
+                (least(sources.high(2, run.end - 1), chunk.column_end) - seen.low + sources.frame.C - 1) / sources.frame.C;
             if (seen.vectors <= MOST_KEPT)
                 for (int64_t v = 0; v < seen.vectors; ++v)
-                    for (int32_t i = run.begin; i < run.end; ++i)
-                        seen.lanes[v][i - run.begin] = column_mask(i, seen.low + v * s.frame.C);
+                    seen.any[v] = column_masks(run, seen.low + v * sources.frame.C, seen.lanes[v]);
         }
     }
 
     // Finds the row groups that a row of tiles sees.
     VICINAL_INLINE void open_row(const Tile& tile) {
         const Frame& f = sources.frame;
+        if (rows_of_tile != tile.rows()) {
+            rows_of_tile = tile.rows();
+            open_columns();
+        }
         const int64_t low = sources.low(1, tile.row.begin), high = sources.high(1, tile.row.end - 1);
         const int64_t group_low = (low - f.row_origin) / f.R, group_high = (high - f.row_origin + f.R - 1) / f.R;
         num_rows = 0;
@@ -336,8 +380,12 @@ struct Walk {
                 seen.plane = plane;
                 seen.row = f.row_origin + group * f.R;
                 seen.group = base + group - chunk.group_begin;
-                for (int32_t r = tile.row.begin; r < tile.row.end; ++r)
-                    seen.lanes[r - tile.row.begin] = row_lanes(sources.low(1, r), sources.high(1, r), seen.row);
+                seen.any = 0;
+                for (int32_t r = tile.row.begin; r < tile.row.end; ++r) {
+                    const uint32_t mask = row_lanes(sources.low(1, r), sources.high(1, r), seen.row);
+                    seen.any |= mask;
+                    for (int t = r - tile.row.begin; t < MOST_TARGETS; t += rows_of_tile) seen.lanes[t] = mask;
+                }
             }
         }
     }
@@ -385,28 +433,20 @@ struct Walk {
     template <class Flush>
     VICINAL_INLINE void operator()(const Tile& tile, Pass& pass, const Flush& flush) const {
         const Frame& f = sources.frame;
-        const int num_targets_down = tile.rows(), num_targets_across = tile.columns();
         const SeenColumns& across = columns[tile.column_tile];
         const bool has_earlier = !sources.is_extra && block.job.num_earlier[sources.list] > 0;
-        const bool has_bias = !sources.is_extra && bias.data;
+        const bool has_bias = !sources.is_extra && bias.data, is_kept = across.vectors <= MOST_KEPT;
+        uint32_t room[MOST_TARGETS];
         pass.count = 0;
         for (int64_t i = 0; i < num_rows; ++i) {
             const SeenRow& down = rows[i];
             for (int64_t v = 0; v < across.vectors; ++v) {
                 const int64_t column = across.low + v * f.C;
                 const int n = pass.count;
-                uint32_t any = 0;
-                int t = 0;
-                if (across.vectors <= MOST_KEPT) {
-                    for (int r = 0; r < num_targets_down; ++r)
-                        for (int c = 0; c < num_targets_across; ++c, ++t)
-                            any |= pass.seen[n][t] = down.lanes[r] & across.lanes[v][c];
-                } else {
-                    uint32_t lanes[MOST_TARGETS];
-                    for (int c = 0; c < num_targets_across; ++c) lanes[c] = column_mask(tile.column.begin + c, column);
-                    for (int r = 0; r < num_targets_down; ++r)
-                        for (int c = 0; c < num_targets_across; ++c, ++t) any |= pass.seen[n][t] = down.lanes[r] & lanes[c];
-                }
+                const uint32_t* lanes = is_kept ? across.lanes[v] : room;
+                // masks are products of rows and columns, and so is what any target sees
+                uint32_t any = down.any & (is_kept ? across.any[v] : column_masks(tile.column, column, room));
+                for (int t = 0; t < MOST_TARGETS; ++t) pass.seen[n][t] = down.lanes[t] & lanes[t];
                 if (has_earlier) any = without_earlier(tile, pass.seen[n], down.plane, down.row, column);
                 if (!any) continue;
                 pass.any[n] = any;
@@ -449,8 +489,7 @@ struct Walk {
         const Job& job = block.job;
         block.each_coordinate(tile, [&](int t, int64_t a, int64_t b, int64_t c) {
             const int64_t key[3] = {a, b, c};
-            const int64_t target[3] = {tile.plane, tile.row.begin + t / tile.columns(),
-                                       tile.column.begin + t % tile.columns()};
+            const int64_t target[3] = {tile.plane, tile.row.begin + t % tile.rows(), tile.column.begin + t / tile.rows()};
             float* room = bias_room + (vector * MOST_TARGETS + t) * W;
             for (int lane = 0; lane < W; ++lane) {
                 const int64_t place[3] = {plane, row + lane % f.R, column + lane / f.R};
@@ -475,10 +514,10 @@ struct Walk {
         const Frame& f = sources.frame;
         const int64_t plane_at = f.axis[0]->bias_offset[tile.plane] + plane;
         int t = 0;
-        for (int32_t r = tile.row.begin; r < tile.row.end; ++r) {
-            const int64_t row_at = f.axis[1]->bias_offset[r] + row;
-            for (int32_t c = tile.column.begin; c < tile.column.end; ++c, ++t)
-                to[t] = bias.data + bias.at(plane_at, row_at, f.axis[2]->bias_offset[c] + column);
+        for (int32_t c = tile.column.begin; c < tile.column.end; ++c) {
+            const int64_t column_at = f.axis[2]->bias_offset[c] + column;
+            for (int32_t r = tile.row.begin; r < tile.row.end; ++r, ++t)
+                to[t] = bias.data + bias.at(plane_at, f.axis[1]->bias_offset[r] + row, column_at);
         }
     }
 };
