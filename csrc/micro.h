@@ -103,6 +103,21 @@ VICINAL_INLINE void dot(const Pass& pass, const float* targets, int64_t dim, con
     }
 }
 
+// sum[t] += weight[t] times a row of D vectors of channels
+template <class S, int T, int D>
+VICINAL_INLINE void add_row(const float* row, const float* weight, typename S::F (&sum)[T][D]) {
+    constexpr int W = S::LANES;
+    typename S::F source[D];
+    VICINAL_UNROLL
+    for (int d = 0; d < D; ++d) source[d] = S::load(row + d * W);
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        const typename S::F by = S::all(weight[t * (W / S::PAIR)]);
+        VICINAL_UNROLL
+        for (int d = 0; d < D; ++d) sum[t][d] = S::multiply(by, source[d], sum[t][d]);
+    }
+}
+
 // sums[t] = factor[t] * sums[t] + weights of a pass times rows of the panel, D vectors of channels at a time;
 // factor null means that sums start at 0. Weights and rows are in units, of neighboring sources.
 template <class S, int T, int D>
@@ -112,55 +127,52 @@ VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const f
     constexpr int UNITS = W / S::PAIR;  // of a vector of sources
     constexpr uint32_t ALL = (1u << W) - 1u, UNIT = (1u << S::PAIR) - 1u;
     using F = typename S::F;
-    F sum[T][D];
+    // a few sums would wait for one another: every other source has its own
+    constexpr bool IS_FEW = W == 16 && T * D <= 8;
+    F sum[T][D], other[T][D];
     VICINAL_UNROLL
     for (int t = 0; t < T; ++t) {
         VICINAL_UNROLL
-        for (int d = 0; d < D; ++d)
+        for (int d = 0; d < D; ++d) {
             sum[t][d] = factor ? S::mul(S::all(factor[t]), S::load(sums[t] + channel + d * W)) : S::zero();
+            other[t][d] = S::zero();
+        }
     }
     for (int v = 0; v < pass.count; ++v) {
         const float* row = rows + (pass.group[v] * width + pass.at[v]) / S::PAIR * padded + channel;
         const float* weight = weights + v * T * UNITS;
         uint32_t lanes = pass.any[v];
         if (lanes == ALL) {
-#pragma GCC unroll 4
-            for (int lane = 0; lane < UNITS; ++lane) {
-                F source[D];
-                VICINAL_UNROLL
-                for (int d = 0; d < D; ++d) source[d] = S::load(row + lane * padded + d * W);
-                VICINAL_UNROLL
-                for (int t = 0; t < T; ++t) {
-                    const F by = S::all(weight[t * UNITS + lane]);
-                    VICINAL_UNROLL
-                    for (int d = 0; d < D; ++d) sum[t][d] = S::multiply(by, source[d], sum[t][d]);
-                }
+#pragma GCC unroll 2
+            for (int lane = 0; lane < UNITS; lane += 2) {
+                add_row<S, T, D>(row + lane * padded, weight + lane, sum);
+                if constexpr (IS_FEW)
+                    add_row<S, T, D>(row + (lane + 1) * padded, weight + lane + 1, other);
+                else
+                    add_row<S, T, D>(row + (lane + 1) * padded, weight + lane + 1, sum);
             }
             continue;
         }
         for (int lane = 0; lanes; ++lane, lanes >>= S::PAIR) {
             if (!(lanes & UNIT)) continue;
-            F source[D];
-            VICINAL_UNROLL
-            for (int d = 0; d < D; ++d) source[d] = S::load(row + lane * padded + d * W);
             if constexpr (S::PAIR == 2) {
                 if ((lanes & UNIT) != UNIT) {  // the other of the pair may be anything, NaN too
+                    float one[D * W];
                     VICINAL_UNROLL
-                    for (int d = 0; d < D; ++d) source[d] = S::one_of_pair(source[d], lanes & 1u);
+                    for (int d = 0; d < D; ++d)
+                        S::store(one + d * W, S::one_of_pair(S::load(row + lane * padded + d * W), lanes & 1u));
+                    add_row<S, T, D>(one, weight + lane, sum);
+                    continue;
                 }
             }
-            VICINAL_UNROLL
-            for (int t = 0; t < T; ++t) {
-                const F by = S::all(weight[t * UNITS + lane]);
-                VICINAL_UNROLL
-                for (int d = 0; d < D; ++d) sum[t][d] = S::multiply(by, source[d], sum[t][d]);
-            }
+            add_row<S, T, D>(row + lane * padded, weight + lane, sum);
         }
     }
     VICINAL_UNROLL
     for (int t = 0; t < T; ++t) {
         VICINAL_UNROLL
-        for (int d = 0; d < D; ++d) S::store(sums[t] + channel + d * W, sum[t][d]);
+        for (int d = 0; d < D; ++d)
+            S::store(sums[t] + channel + d * W, IS_FEW ? S::add(sum[t][d], other[t][d]) : sum[t][d]);
     }
 }
 

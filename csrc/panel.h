@@ -167,9 +167,11 @@ struct Packer {
         for (int64_t begin = 0; begin < filled; begin += W) {
             const float* from[W];
             if (direct && is_whole && begin + W <= filled) {
-                for (int lane = 0; lane < W; ++lane)
-                    from[lane] = reinterpret_cast<const float*>(
-                        operand.data + (offset[lane & mask] + columns[(begin + lane) >> shift] * step) * bytes);
+                const float** to = from;
+                for (int64_t column = begin >> shift; to < from + W; ++column) {
+                    const char* at = operand.data + columns[column] * step * bytes;
+                    for (int r = 0; r < frame.R; ++r) *to++ = reinterpret_cast<const float*>(at + offset[r] * bytes);
+                }
             } else {
                 for (int lane = 0; lane < W; ++lane) {
                     const int64_t column = columns[(begin + lane) >> shift], row_at = offset[lane & mask];

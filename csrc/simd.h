@@ -211,6 +211,22 @@ struct Avx512 {
     }
     static VICINAL_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
     static VICINAL_INLINE float largest(F a) { return _mm512_reduce_max_ps(a); }
+    // to[i] = sum or maximum of one of four vectors: halves of two vectors are joined, then quarters of all four
+    template <class Join>
+    static VICINAL_INLINE void reduce_four(const F* from, float* to, const Join& join) {
+        const F first = join(_mm512_shuffle_f32x4(from[0], from[1], 0x44), _mm512_shuffle_f32x4(from[0], from[1], 0xee));
+        const F second = join(_mm512_shuffle_f32x4(from[2], from[3], 0x44), _mm512_shuffle_f32x4(from[2], from[3], 0xee));
+        F all = join(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
+        all = join(all, _mm512_shuffle_ps(all, all, 0x4e));
+        all = join(all, _mm512_shuffle_ps(all, all, 0xb1));
+        _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
+    }
+    static VICINAL_INLINE void four_sums(const F* from, float* to) {
+        reduce_four(from, to, [](F a, F b) VICINAL_LAMBDA { return add(a, b); });
+    }
+    static VICINAL_INLINE void four_largest(const F* from, float* to) {
+        reduce_four(from, to, [](F a, F b) VICINAL_LAMBDA { return max(a, b); });
+    }
     static VICINAL_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     // 2^rounded * value, 0 where that is not a normal number, and for NaN. The lanes that give 0 must be masked: Intel's
     // processors take some hundred cycles for each vector in which the operation itself finds a result too small.
@@ -287,6 +303,23 @@ struct Avx512Bf16 : Avx512 {
 };
 #endif
 #endif
+
+// to[t] = the sum, or the largest number, of each of T vectors.
+template <class S, int T>
+VICINAL_INLINE void sums_of(const typename S::F* from, float* to) {
+    int t = 0;
+    if constexpr (S::LANES == 16)
+        for (; t + 4 <= T; t += 4) S::four_sums(from + t, to + t);
+    for (; t < T; ++t) to[t] = S::sum(from[t]);
+}
+
+template <class S, int T>
+VICINAL_INLINE void largest_of(const typename S::F* from, float* to) {
+    int t = 0;
+    if constexpr (S::LANES == 16)
+        for (; t + 4 <= T; t += 4) S::four_largest(from + t, to + t);
+    for (; t < T; ++t) to[t] = S::largest(from[t]);
+}
 
 // 2^a, to about one unit in the last place, 0 where that is too small. The coefficients spread the relative error
 // evenly over [-0.5, 0.5], at most 2e-9 before rounding.

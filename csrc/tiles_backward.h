@@ -127,7 +127,7 @@ VICINAL_INLINE void store_grad_query(const QueryRun<S>& run, const Tile& tile, f
 }
 
 template <class S>
-VICINAL_APART void grad_query_tile(QueryRun<S>& run, const Tile& tile, const Walk<S>& walk, Filler<S>& filler, bool has_bias) {
+VICINAL_APART void grad_query_tile(QueryRun<S>& run, const Tile& tile, Walk<S>& walk, Filler<S>& filler, bool has_bias) {
     const Job& job = run.job;
     const Block& block = run.block;
     const int64_t padded = round_up(job.query.dim, S::LANES);
@@ -285,7 +285,7 @@ struct KeyRun {
 };
 
 template <class S>
-VICINAL_APART void grad_key_tile(KeyRun<S>& run, const Tile& tile, const Walk<S>& walk, Filler<S>& filler, bool has_bias) {
+VICINAL_APART void grad_key_tile(KeyRun<S>& run, const Tile& tile, Walk<S>& walk, Filler<S>& filler, bool has_bias) {
     const Job& job = run.job;
     const int64_t key_padded = round_up(job.query.dim, S::LANES), value_padded = round_up(job.value.dim, S::LANES);
     filler.ask_ahead();

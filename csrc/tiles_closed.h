@@ -83,7 +83,7 @@ VICINAL_INLINE void row_sums_of(const ClosedRun<S>& run, const Tile& tile, Query
 }
 
 template <class S>
-VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, const Walk<S>& walk, Filler<S>& filler) {
+VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& walk, Filler<S>& filler) {
     const Job& job = run.job;
     const int64_t padded = round_up(job.query.dim, S::LANES);
     filler.ask_ahead();

@@ -282,10 +282,12 @@ VICINAL_APART void forward_pass(const Job& job, const Panel& panel, const float*
     else
         dot<S, T>(pass, targets, units_of<S>(job.query.dim), panel.transposed[0], panel.width, scores, plain);
     alignas(64) float change[MOST_TARGETS + W] = {};
+    float highest[T], sums[T];
+    largest_of<S, T>(top, highest);
     VICINAL_UNROLL
     for (int t = 0; t < T; ++t) {
-        const float highest = S::largest(top[t]), before = tile.top[t];
-        tile.top[t] = highest > before ? highest : before;
+        const float before = tile.top[t];
+        tile.top[t] = highest[t] > before ? highest[t] : before;
         change[t] = before - tile.top[t];
         top[t] = S::all(tile.top[t]);
     }
@@ -302,13 +304,14 @@ VICINAL_APART void forward_pass(const Job& job, const Panel& panel, const float*
         }
     }
     narrow_weights<S, T>(pass, scores);
+    sums_of<S, T>(total, sums);
     const int64_t padded = round_up(job.value.dim, W);
     if (tile.is_fresh) {
-        for (int t = 0; t < T; ++t) tile.total[t] = S::sum(total[t]);
+        for (int t = 0; t < T; ++t) tile.total[t] = sums[t];
         mix<S, T>(pass, scores, panel.rows[1], panel.width, padded, nullptr, tile.sums);
     } else {
         for (int t = 0; t < T; t += W) S::store(change + t, exp2_of<S>(S::load(change + t)));
-        for (int t = 0; t < T; ++t) tile.total[t] = tile.total[t] * change[t] + S::sum(total[t]);
+        for (int t = 0; t < T; ++t) tile.total[t] = tile.total[t] * change[t] + sums[t];
         mix<S, T>(pass, scores, panel.rows[1], panel.width, padded, change, tile.sums);
     }
     tile.is_fresh = false;
@@ -385,7 +388,7 @@ VICINAL_INLINE void finish_tile(const ForwardRun<S>& run, const Tile& tile, cons
 }
 
 template <class S>
-VICINAL_APART void forward_tile(ForwardRun<S>& run, const Tile& tile, const Walk<S>& walk, Filler<S>& filler, bool has_bias) {
+VICINAL_APART void forward_tile(ForwardRun<S>& run, const Tile& tile, Walk<S>& walk, Filler<S>& filler, bool has_bias) {
     const Job& job = run.job;
     const int64_t padded = round_up(job.value.dim, S::LANES);
     const Places state_at = run.block.state_places(tile);

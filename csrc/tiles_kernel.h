@@ -180,11 +180,15 @@ template <class S>
 VICINAL_APART void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to) {
     const int64_t dtype = block.job.dtype, bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
     const Places places = block.places(tile, operand.axis, base);
-    // the same targets of the next row of tiles
-    const char* ahead = operand.data + places.row * places.rows * bytes;
-    const int64_t lines = (operand.dim * bytes + 63) / 64;
+    // the targets of the next tile, and of the next row of tiles
+    const char* next = operand.data + places.column * tile.columns() * bytes;
+    const char* below = operand.data + places.row * places.rows * bytes;
+    const int64_t size = operand.dim * bytes;
     places.each([&](int, int64_t place) VICINAL_LAMBDA {
-        for (int64_t line = 0; line < lines; ++line) VICINAL_PREFETCH_SOON(ahead + place * bytes + 64 * line);
+        for (int64_t byte = 0; byte < size; byte += 64) {
+            VICINAL_PREFETCH(next + place * bytes + byte);
+            VICINAL_PREFETCH_SOON(below + place * bytes + byte);
+        }
     });
     constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
     if (operand.dim <= BLOCK) {
@@ -304,6 +308,7 @@ struct SeenRow {
 // The columns that a column of tiles sees, and which of their lanes each target of a tile sees.
 struct SeenColumns {
     int64_t low, vectors;
+    bool is_repeated;  // masks and biases are those of the tile before
     uint32_t any[MOST_KEPT], lanes[MOST_KEPT][MOST_TARGETS];  // where there are so few vectors
 };
 
@@ -322,6 +327,7 @@ struct Walk {
     SeenColumns* columns;
     int64_t num_rows;
     int rows_of_tile;  // that `columns` were made for
+    int walked = -1;   // the tile of this row whose vectors stand in the pass, all of them
 
     Walk(const Block& b, const Sources& s, const Chunk& c, const BiasTable& table, bool queries, float* room,
          const Workspace& workspace)
@@ -358,7 +364,23 @@ struct Walk {
             if (seen.vectors <= MOST_KEPT)
                 for (int64_t v = 0; v < seen.vectors; ++v)
                     seen.any[v] = column_masks(run, seen.low + v * sources.frame.C, seen.lanes[v]);
+            seen.is_repeated = tile > 0 && repeats(run, tile);
         }
+    }
+
+    inline bool repeats(const Run& run, int64_t tile) const {
+        const SeenColumns &seen = columns[tile], &before = columns[tile - 1];
+        const Run last = block.unit.axis[2]->tiles[block.column_tiles.begin + tile - 1];
+        if (run.end - run.begin != last.end - last.begin || seen.vectors != before.vectors || seen.vectors > MOST_KEPT)
+            return false;
+        for (int64_t v = 0; v < seen.vectors; ++v)
+            for (int t = 0; t < MOST_TARGETS; ++t)
+                if (seen.lanes[v][t] != before.lanes[v][t]) return false;
+        if (sources.is_extra || !bias.data) return true;
+        const int32_t* offset = sources.frame.axis[2]->bias_offset;
+        for (int i = 0; i < run.end - run.begin; ++i)
+            if (offset[run.begin + i] + seen.low != offset[last.begin + i] + before.low) return false;
+        return !block.job.center[0];
     }
 
     // Finds the row groups that a row of tiles sees.
@@ -371,6 +393,7 @@ struct Walk {
         const int64_t low = sources.low(1, tile.row.begin), high = sources.high(1, tile.row.end - 1);
         const int64_t group_low = (low - f.row_origin) / f.R, group_high = (high - f.row_origin + f.R - 1) / f.R;
         num_rows = 0;
+        walked = -1;
         if (low >= high) return;
         for (int64_t plane = sources.low(0, tile.plane); plane < sources.high(0, tile.plane); ++plane) {
             const int64_t base = (plane - f.plane_begin) * f.groups;
@@ -431,11 +454,20 @@ struct Walk {
 
     // Calls flush(pass) for every pass; vectors that nobody sees are left out.
     template <class Flush>
-    VICINAL_INLINE void operator()(const Tile& tile, Pass& pass, const Flush& flush) const {
+    VICINAL_INLINE void operator()(const Tile& tile, Pass& pass, const Flush& flush) {
         const Frame& f = sources.frame;
         const SeenColumns& across = columns[tile.column_tile];
         const bool has_earlier = !sources.is_extra && block.job.num_earlier[sources.list] > 0;
         const bool has_bias = !sources.is_extra && bias.data, is_kept = across.vectors <= MOST_KEPT;
+        bool is_only = true;
+        if (across.is_repeated && walked == tile.column_tile - 1) {
+            const int64_t further = (across.low - columns[tile.column_tile - 1].low) * f.R;
+            for (int n = 0; n < pass.count; ++n) pass.at[n] += further;
+            walked = tile.column_tile;
+            if (pass.count) flush(pass);
+            return;
+        }
+        walked = -1;
         uint32_t room[MOST_TARGETS];
         pass.count = 0;
         for (int64_t i = 0; i < num_rows; ++i) {
@@ -461,10 +493,12 @@ struct Walk {
                 if (++pass.count == MOST_VECTORS) {
                     flush(pass);
                     pass.count = 0;
+                    is_only = false;
                 }
             }
         }
         if (pass.count) flush(pass);
+        if (is_only && !has_earlier) walked = tile.column_tile;
     }
 
     VICINAL_INLINE uint32_t column_mask(int64_t target, int64_t begin) const {
