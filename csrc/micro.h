@@ -60,11 +60,25 @@ template <class S, int T, class Finish>
 VICINAL_INLINE void products_of_pass(const Pass& pass, const float* targets, int64_t dim, const float* transposed,
                                      int64_t width, int64_t group_size, const float* partial, Finish& finish) {
     constexpr int V = S::LANES == 16 ? (T <= 2 ? 6 : T <= 6 ? 4 : 3) : (T <= 2 ? 4 : 2) / (T > 4 ? 2 : 1);
+    // as many at once as others, or one less: a single vector has too few sums to keep the machine busy
     int v = 0;
-    for (; v + V <= pass.count; v += V)
-        products<S, T, V>(pass, v, targets, dim, transposed, width, group_size, partial, finish);
-    for (; v < pass.count; ++v)
-        products<S, T, 1>(pass, v, targets, dim, transposed, width, group_size, partial, finish);
+    for (int left = (pass.count + V - 1) / V; left > 0; --left) {
+        const int n = (pass.count - v + left - 1) / left;
+        if (n == V)
+            products<S, T, V>(pass, v, targets, dim, transposed, width, group_size, partial, finish);
+        else if (V > 3 && n == V - 1)
+            products<S, T, (V > 3 ? V - 1 : 1)>(pass, v, targets, dim, transposed, width, group_size, partial, finish);
+        else
+            for (int end = v + n, i = v; i < end;) {
+                if (V > 2 && i + 2 <= end) {
+                    products<S, T, (V > 2 ? 2 : 1)>(pass, i, targets, dim, transposed, width, group_size, partial, finish);
+                    i += 2;
+                } else {
+                    products<S, T, 1>(pass, i++, targets, dim, transposed, width, group_size, partial, finish);
+                }
+            }
+        v += n;
+    }
 }
 
 // Products of a pass, added to those before if there are any, and kept in `scores`. A function of its own: what calls it
@@ -182,7 +196,8 @@ VICINAL_APART void mix(const Pass& pass, const float* weights, const float* rows
     constexpr int W = S::LANES;
     constexpr int MOST = S::LANES == 16 ? (T <= 4 ? 4 : T <= 6 ? 4 : 3) : (T <= 2 ? 4 : T <= 5 ? 2 : 1);
     int64_t channel = 0;
-    for (; channel + MOST * W <= padded; channel += MOST * W)
+    // two and two are better than three and one
+    for (; channel + MOST * W <= padded && (MOST != 3 || channel + 4 * W != padded); channel += MOST * W)
         mix_channels<S, T, MOST>(pass, weights, rows, width, padded, factor, sums, channel);
     if constexpr (MOST > 2) {
         for (; channel + 2 * W <= padded; channel += 2 * W)

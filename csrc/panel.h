@@ -131,6 +131,8 @@ struct Packer {
     float* scratch;          // [W][dim rounded up], for rows that cannot be read where they lie
     const float* zeros;      // [dim rounded up]
 
+    static constexpr int64_t AHEAD = 4 * W;  // sources that are asked for before they are packed
+
     VICINAL_INLINE void row_coordinates(int64_t group, int64_t* plane, int64_t* rows) const {
         const int64_t within = group % frame.groups;
         *plane = source_coordinate(*frame.axis[0], frame.plane_begin + group / frame.groups);
@@ -154,7 +156,8 @@ struct Packer {
     }
 
     // Packs a row group of one operand of one head: transposed where `transposed` is given, as rows where `rows` is.
-    void pack(const Operand& operand, int64_t base, int64_t group, float* transposed, float* rows) const {
+    // `is_far` where nobody has asked for it yet.
+    void pack(const Operand& operand, int64_t base, int64_t group, float* transposed, float* rows, bool is_far) const {
         const int64_t dim = operand.dim, padded = round_up(dim, W), units = (dim + S::PAIR - 1) / S::PAIR;
         // rows can be read where they lie if they hold whole units
         const bool direct = operand.channel == 1 && dim % S::PAIR == 0 && (S::PAIR == 2 || dtype == VICINAL_FLOAT32);
@@ -164,8 +167,15 @@ struct Packer {
         while ((1 << shift) < frame.R) ++shift;
         int64_t offset[W];
         const bool is_whole = row_offsets(operand, base, group, offset);
+        const int64_t ahead = AHEAD / frame.R * step * bytes;
         for (int64_t begin = 0; begin < filled; begin += W) {
             const float* from[W];
+            if (is_far && begin + AHEAD < filled) {
+                for (int lane = 0; lane < W; ++lane) {
+                    const char* at = operand.data + (offset[lane & mask] + columns[(begin + lane) >> shift] * step) * bytes;
+                    for (int64_t byte = 0; byte < dim * bytes; byte += 64) VICINAL_PREFETCH(at + ahead + byte);
+                }
+            }
             if (direct && is_whole && begin + W <= filled) {
                 const float** to = from;
                 for (int64_t column = begin >> shift; to < from + W; ++column) {

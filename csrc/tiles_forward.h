@@ -99,7 +99,8 @@ struct Filler {
     const Chunk chunk;
     Panel panel;
     Packer<S> packer;
-    char* is_packed;  // by row group
+    enum State : char { FAR, ASKED, PACKED };
+    char* is_at;  // what has been done for a row group
     // what is asked for: row groups, where the rows of the first of them begin, and how far it has come
     int64_t next = 0, next_end = 0, next_column = 0, columns_at_once = 0;
     const char* asked[2][S::LANES];
@@ -118,8 +119,8 @@ struct Filler {
             panel.rows[i] = packing.rows[i] ? arena.take<float>(size / S::PAIR * round_up(dim, W)) : nullptr;
             panel.lanes[i] = packing.lanes ? arena.take<float>(size + W) : nullptr;
         }
-        is_packed = arena.take<char>(groups);
-        for (int64_t group = 0; group < groups; ++group) is_packed[group] = 0;
+        is_at = arena.take<char>(groups);
+        for (int64_t group = 0; group < groups; ++group) is_at[group] = FAR;
     }
 
     static VICINAL_INLINE int64_t panel_width_of(const Sources& sources, const Chunk& c) {
@@ -128,13 +129,14 @@ struct Filler {
 
     VICINAL_APART void pack(int64_t group) {
         const int64_t place = group * panel.width;
-        is_packed[group] = 1;
+        const bool is_far = is_at[group] == FAR;
+        is_at[group] = PACKED;
         for (int i = 0; i < 2; ++i) {
             const int64_t dim = packing.operand[i].dim;
             if (!packing.transposed[i] && !packing.rows[i]) continue;
             packer.pack(packing.operand[i], packing.base[i], chunk.group_begin + group,
                         packing.transposed[i] ? panel.transposed[i] + place * units_of<S>(dim) : nullptr,
-                        packing.rows[i] ? panel.rows[i] + place / S::PAIR * round_up(dim, S::LANES) : nullptr);
+                        packing.rows[i] ? panel.rows[i] + place / S::PAIR * round_up(dim, S::LANES) : nullptr, is_far);
         }
         if (!packing.lanes) return;
         packer.pack_lanes(job.lse, job.lse_axis, packing.lse_base, chunk.group_begin + group, LOG2_E, panel.lanes[0] + place);
@@ -145,7 +147,7 @@ struct Filler {
     // What a row of tiles sees is there afterwards.
     VICINAL_INLINE void open_row(const Walk<S>& walk, const Tile& tile) {
         for (int64_t i = 0; i < walk.num_rows; ++i)
-            if (!is_packed[walk.rows[i].group]) pack(walk.rows[i].group);
+            if (is_at[walk.rows[i].group] != PACKED) pack(walk.rows[i].group);
         const int64_t after = walk.num_rows ? walk.rows[walk.num_rows - 1].group + 1 : 0;
         const int64_t groups = (tile.rows() + packer.frame.R - 1) / packer.frame.R;
         const int64_t tiles = walk.block.column_tiles.end - walk.block.column_tiles.begin;
@@ -169,12 +171,14 @@ struct Filler {
                 }
         }
         next_column = end;
-        if (end == columns) ask_from(next + 1);
+        if (end < columns) return;
+        is_at[next] = ASKED;
+        ask_from(next + 1);
     }
 
     VICINAL_APART void ask_from(int64_t group) {
         const int64_t bytes = job.dtype == VICINAL_FLOAT32 ? 4 : 2;
-        for (next = group; next < next_end && is_packed[next];) ++next;
+        for (next = group; next < next_end && is_at[next] != FAR;) ++next;
         next_column = 0;
         if (next >= next_end) return;
         for (int i = 0; i < 2; ++i) {

@@ -182,12 +182,12 @@ VICINAL_APART void load_targets(const Block& block, const Tile& tile, const Oper
     const Places places = block.places(tile, operand.axis, base);
     // the targets of the next tile, and of the next row of tiles
     const char* next = operand.data + places.column * tile.columns() * bytes;
-    const char* below = operand.data + places.row * places.rows * bytes;
+    const int64_t below = tile.row.end < block.row.end ? places.row * places.rows * bytes : 0;
     const int64_t size = operand.dim * bytes;
     places.each([&](int, int64_t place) VICINAL_LAMBDA {
         for (int64_t byte = 0; byte < size; byte += 64) {
             VICINAL_PREFETCH(next + place * bytes + byte);
-            VICINAL_PREFETCH_SOON(below + place * bytes + byte);
+            if (below) VICINAL_PREFETCH_SOON(operand.data + below + place * bytes + byte);
         }
     });
     constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
@@ -342,6 +342,13 @@ struct Walk {
 
     // The masks of targets one after another, each for all the rows of a tile.
     VICINAL_INLINE uint32_t column_masks(const Run& run, int64_t begin, uint32_t* lanes) const {
+        constexpr uint32_t ALL = (1u << W) - 1u;
+        const int64_t end = begin + sources.frame.C;
+        if (begin >= most(sources.low(2, run.end - 1), chunk.column_begin) &&
+            end <= least(sources.high(2, run.begin), chunk.column_end)) {  // as in the middle of wide windows
+            for (int t = 0; t < MOST_TARGETS; ++t) lanes[t] = ALL;
+            return ALL;
+        }
         uint32_t any = 0;
         int t = 0;
         for (int32_t column = run.begin; column < run.end; ++column) {

@@ -162,12 +162,14 @@ std::map<std::pair<int64_t, int64_t>, int64_t> kinds_of(const ClassView& view, c
     return kinds;
 }
 
-// Cycles of a tile, counted for one plane.
+// Cycles of a tile, counted for one plane. What a vector and a tile cost beside their products was fitted to times of
+// tiles of many sizes; in the backward, where more tensors are read, a tile costs as much more.
 double tile_cost(const PlanRequest& request, double targets, double vectors) {
     const double lanes = request.lanes, busy = std::max(targets, 3.0);
     const double scores = request.key_dim * busy / 2 / request.pair;
     const double sums = ceil_div(request.value_dim, request.lanes) * lanes * busy / 2 / request.pair;
-    return vectors * (scores + sums + 12 * targets + 12) + 15 * targets + 90;
+    const double tensors = static_cast<double>(request.floats * request.pair) / (request.key_dim + request.value_dim);
+    return vectors * (scores + sums + 12 * targets + 60) + 15 * targets + 90 * tensors;
 }
 
 // The first of many targets: windows repeat themselves, and one choice is as good as another for a few at the border.
