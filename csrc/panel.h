@@ -131,7 +131,9 @@ struct Packer {
     float* scratch;          // [W][dim rounded up], for rows that cannot be read where they lie
     const float* zeros;      // [dim rounded up]
 
-    static constexpr int64_t AHEAD = 4 * W;  // sources that are asked for before they are packed
+    // Sources that are asked for before they are packed. Neighbors stand far apart in memory, a page for every few, where
+    // no machine sees by itself what comes next. Asking for what is never read costs more than this gains.
+    static constexpr int64_t AHEAD = 4 * W;
 
     VICINAL_INLINE void row_coordinates(int64_t group, int64_t* plane, int64_t* rows) const {
         const int64_t within = group % frame.groups;
@@ -156,8 +158,7 @@ struct Packer {
     }
 
     // Packs a row group of one operand of one head: transposed where `transposed` is given, as rows where `rows` is.
-    // `is_far` where nobody has asked for it yet.
-    void pack(const Operand& operand, int64_t base, int64_t group, float* transposed, float* rows, bool is_far) const {
+    void pack(const Operand& operand, int64_t base, int64_t group, float* transposed, float* rows) const {
         const int64_t dim = operand.dim, padded = round_up(dim, W), units = (dim + S::PAIR - 1) / S::PAIR;
         // rows can be read where they lie if they hold whole units
         const bool direct = operand.channel == 1 && dim % S::PAIR == 0 && (S::PAIR == 2 || dtype == VICINAL_FLOAT32);
@@ -170,7 +171,7 @@ struct Packer {
         const int64_t ahead = AHEAD / frame.R * step * bytes;
         for (int64_t begin = 0; begin < filled; begin += W) {
             const float* from[W];
-            if (is_far && begin + AHEAD < filled) {
+            if (begin + AHEAD < filled) {
                 for (int lane = 0; lane < W; ++lane) {
                     const char* at = operand.data + (offset[lane & mask] + columns[(begin + lane) >> shift] * step) * bytes;
                     for (int64_t byte = 0; byte < dim * bytes; byte += 64) VICINAL_PREFETCH(at + ahead + byte);

@@ -24,18 +24,15 @@
 #include <immintrin.h>
 #endif
 
-// Asks for a cache line that will be read at once, read soon, or written; any address will do.
+// Asks for a cache line that will be read, or written; any address will do.
 #if defined(__GNUC__)
 #define VICINAL_PREFETCH(address) __builtin_prefetch(address)
-#define VICINAL_PREFETCH_SOON(address) __builtin_prefetch(address, 0, 2)
 #define VICINAL_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
 #elif defined(__AVX2__)
 #define VICINAL_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
-#define VICINAL_PREFETCH_SOON(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
 #define VICINAL_PREFETCH_TO_WRITE(address) VICINAL_PREFETCH(address)
 #else
 #define VICINAL_PREFETCH(address) (void)(address)
-#define VICINAL_PREFETCH_SOON(address) (void)(address)
 #define VICINAL_PREFETCH_TO_WRITE(address) (void)(address)
 #endif
 
@@ -228,10 +225,10 @@ struct Avx512 {
         reduce_four(from, to, [](F a, F b) VICINAL_LAMBDA { return max(a, b); });
     }
     static VICINAL_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-    // 2^rounded * value, 0 where that is not a normal number, and for NaN. The lanes that give 0 must be masked: Intel's
+    // 2^rounded * value, 0 where that is not a normal number; NaN stays. The lanes that give 0 must be masked: Intel's
     // processors take some hundred cycles for each vector in which the operation itself finds a result too small.
     static VICINAL_INLINE F scale(F value, F rounded) {
-        const __mmask16 is_normal = _mm512_cmp_ps_mask(rounded, _mm512_set1_ps(-125.0f), _CMP_GE_OQ);
+        const __mmask16 is_normal = _mm512_cmp_ps_mask(rounded, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
         return _mm512_maskz_scalef_ps(is_normal, value, rounded);
     }
     static VICINAL_INLINE F widen_bfloat16(const uint16_t* from) {
@@ -326,7 +323,7 @@ VICINAL_INLINE void largest_of(const typename S::F* from, float* to) {
 template <class S>
 VICINAL_INLINE typename S::F exp2_of(typename S::F a) {
     using F = typename S::F;
-    if constexpr (S::LANES != 16) a = S::max(a, S::all(-127.0f));
+    if constexpr (S::LANES != 16) a = S::max(S::all(-127.0f), a);  // of two, the second is taken where one is NaN
     F whole = S::round(a), part = S::sub(a, whole);
     F value = S::all(1.535335831e-4f);
     value = S::fma(value, part, S::all(1.339887854e-3f));

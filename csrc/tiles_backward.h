@@ -131,7 +131,6 @@ VICINAL_APART void grad_query_tile(QueryRun<S>& run, const Tile& tile, Walk<S>& 
     const Job& job = run.job;
     const Block& block = run.block;
     const int64_t padded = round_up(job.query.dim, S::LANES);
-    filler.ask_ahead();
     load_targets<S>(block, tile, job.query, run.query_base, run.queries);
     load_targets<S>(block, tile, job.grad_out, run.grad_out_base, run.grads);
     QueryTile state;
@@ -201,7 +200,7 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
             Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
             const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
                 walk.open_row(tile);
-                filler.open_row(walk, tile);
+                filler.open_row(walk);
             };
             block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
                 grad_query_tile<S>(run, tile, walk, filler, has_bias);
@@ -288,7 +287,6 @@ template <class S>
 VICINAL_APART void grad_key_tile(KeyRun<S>& run, const Tile& tile, Walk<S>& walk, Filler<S>& filler, bool has_bias) {
     const Job& job = run.job;
     const int64_t key_padded = round_up(job.query.dim, S::LANES), value_padded = round_up(job.value.dim, S::LANES);
-    filler.ask_ahead();
     load_targets<S>(run.block, tile, job.key, run.key_base, run.keys);
     load_targets<S>(run.block, tile, job.value, run.value_base, run.values);
     KeyTile state;
@@ -342,7 +340,7 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
                 Walk<S> walk(block, sources, chunk, bias, false, bias_room, workspace);
                 const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
                     walk.open_row(tile);
-                    filler.open_row(walk, tile);
+                    filler.open_row(walk);
                 };
                 block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
                 grad_key_tile<S>(run, tile, walk, filler, bias.data != nullptr);

@@ -86,7 +86,6 @@ template <class S>
 VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& walk, Filler<S>& filler) {
     const Job& job = run.job;
     const int64_t padded = round_up(job.query.dim, S::LANES);
-    filler.ask_ahead();
     load_targets<S>(run.block, tile, job.query, run.query_base, run.queries);
     load_targets<S>(run.block, tile, job.grad_out, run.grad_out_base, run.grads);
     QueryTile state;
@@ -162,7 +161,7 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
         Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
         const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
             walk.open_row(tile);
-            filler.open_row(walk, tile);
+            filler.open_row(walk);
         };
         block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
                 closed_tile<S>(run, tile, walk, filler);

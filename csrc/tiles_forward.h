@@ -90,8 +90,7 @@ inline Packer<S> packer_of(const Job& job, const Sources& sources, const Chunk& 
     return Packer<S>{job.dtype, f, chunk, width, coordinates, rows, zeros};
 }
 
-// Packs the row groups of a panel when a row of tiles first sees them, and asks for those that the next row will see
-// while this one is computed: reading them all at the start would leave nothing to compute meanwhile.
+// Packs the row groups of a panel when a row of tiles first sees them, so that they are still near when it reads them.
 template <class S>
 struct Filler {
     const Job& job;
@@ -99,11 +98,7 @@ struct Filler {
     const Chunk chunk;
     Panel panel;
     Packer<S> packer;
-    enum State : char { FAR, ASKED, PACKED };
-    char* is_at;  // what has been done for a row group
-    // what is asked for: row groups, where the rows of the first of them begin, and how far it has come
-    int64_t next = 0, next_end = 0, next_column = 0, columns_at_once = 0;
-    const char* asked[2][S::LANES];
+    bool* is_packed;  // by row group
 
     Filler(const Job& j, const Sources& sources, const Chunk& c, const Packing& p, const Workspace& workspace)
         : job(j), packing(p), chunk(c), packer(packer_of<S>(j, sources, chunk, p, panel_width_of(sources, c), workspace)) {
@@ -119,8 +114,8 @@ struct Filler {
             panel.rows[i] = packing.rows[i] ? arena.take<float>(size / S::PAIR * round_up(dim, W)) : nullptr;
             panel.lanes[i] = packing.lanes ? arena.take<float>(size + W) : nullptr;
         }
-        is_at = arena.take<char>(groups);
-        for (int64_t group = 0; group < groups; ++group) is_at[group] = FAR;
+        is_packed = arena.take<bool>(groups);
+        for (int64_t group = 0; group < groups; ++group) is_packed[group] = false;
     }
 
     static VICINAL_INLINE int64_t panel_width_of(const Sources& sources, const Chunk& c) {
@@ -129,14 +124,13 @@ struct Filler {
 
     VICINAL_APART void pack(int64_t group) {
         const int64_t place = group * panel.width;
-        const bool is_far = is_at[group] == FAR;
-        is_at[group] = PACKED;
+        is_packed[group] = true;
         for (int i = 0; i < 2; ++i) {
             const int64_t dim = packing.operand[i].dim;
             if (!packing.transposed[i] && !packing.rows[i]) continue;
             packer.pack(packing.operand[i], packing.base[i], chunk.group_begin + group,
                         packing.transposed[i] ? panel.transposed[i] + place * units_of<S>(dim) : nullptr,
-                        packing.rows[i] ? panel.rows[i] + place / S::PAIR * round_up(dim, S::LANES) : nullptr, is_far);
+                        packing.rows[i] ? panel.rows[i] + place / S::PAIR * round_up(dim, S::LANES) : nullptr);
         }
         if (!packing.lanes) return;
         packer.pack_lanes(job.lse, job.lse_axis, packing.lse_base, chunk.group_begin + group, LOG2_E, panel.lanes[0] + place);
@@ -145,49 +139,9 @@ struct Filler {
     }
 
     // What a row of tiles sees is there afterwards.
-    VICINAL_INLINE void open_row(const Walk<S>& walk, const Tile& tile) {
+    VICINAL_INLINE void open_row(const Walk<S>& walk) {
         for (int64_t i = 0; i < walk.num_rows; ++i)
-            if (is_at[walk.rows[i].group] != PACKED) pack(walk.rows[i].group);
-        const int64_t after = walk.num_rows ? walk.rows[walk.num_rows - 1].group + 1 : 0;
-        const int64_t groups = (tile.rows() + packer.frame.R - 1) / packer.frame.R;
-        const int64_t tiles = walk.block.column_tiles.end - walk.block.column_tiles.begin;
-        next_end = walk.num_rows ? least(after + groups, chunk.group_end - chunk.group_begin) : after;
-        columns_at_once = ((chunk.column_end - chunk.column_begin) * groups + tiles - 1) / tiles;
-        ask_from(after);
-    }
-
-    // For every tile of the row: its share of what the next row will see.
-    VICINAL_INLINE void ask_ahead() {
-        if (next >= next_end) return;
-        const int64_t columns = chunk.column_end - chunk.column_begin, end = least(next_column + columns_at_once, columns);
-        const int64_t bytes = job.dtype == VICINAL_FLOAT32 ? 4 : 2;
-        for (int i = 0; i < 2; ++i) {
-            const Operand& operand = packing.operand[i];
-            const int64_t step = operand.axis[2] * bytes, size = operand.dim * bytes;
-            for (int r = 0; r < packer.frame.R && asked[i][r]; ++r)
-                for (int64_t column = next_column; column < end; ++column) {
-                    const char* at = asked[i][r] + packer.columns[column] * step;
-                    for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH_SOON(at + byte);
-                }
-        }
-        next_column = end;
-        if (end < columns) return;
-        is_at[next] = ASKED;
-        ask_from(next + 1);
-    }
-
-    VICINAL_APART void ask_from(int64_t group) {
-        const int64_t bytes = job.dtype == VICINAL_FLOAT32 ? 4 : 2;
-        for (next = group; next < next_end && is_at[next] != FAR;) ++next;
-        next_column = 0;
-        if (next >= next_end) return;
-        for (int i = 0; i < 2; ++i) {
-            int64_t offset[S::LANES];
-            packer.row_offsets(packing.operand[i], packing.base[i], chunk.group_begin + next, offset);
-            const bool is_read = packing.transposed[i] || packing.rows[i];
-            for (int r = 0; r < packer.frame.R; ++r)
-                asked[i][r] = is_read && offset[r] >= 0 ? packing.operand[i].data + offset[r] * bytes : nullptr;
-        }
+            if (!is_packed[walk.rows[i].group]) pack(walk.rows[i].group);
     }
 };
 
@@ -351,7 +305,7 @@ VICINAL_APART void finish_lse(const Block& block, int64_t lse_base, const float*
     const int64_t targets = block.targets();
     for (int64_t i = 0; i < targets; ++i) {
         const float lse = top[i] * LN_2 + log_of(total[i]);
-        total[i] = total[i] > 0.0f ? lse : -INFINITY;
+        total[i] = total[i] > 0.0f ? lse : total[i] - INFINITY;  // nothing is seen, or NaN
     }
     block.each_tile([&](const Tile& tile) {
         const Places to = block.places(tile, job.lse_axis, lse_base);
@@ -396,7 +350,6 @@ VICINAL_APART void forward_tile(ForwardRun<S>& run, const Tile& tile, Walk<S>& w
     const Job& job = run.job;
     const int64_t padded = round_up(job.value.dim, S::LANES);
     const Places state_at = run.block.state_places(tile);
-    filler.ask_ahead();
     load_targets<S>(run.block, tile, job.query, run.query_base, run.targets);
     ForwardTile<S> state;
     state.is_fresh = !run.keeps_state;
@@ -473,7 +426,7 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
             Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
             const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
                 walk.open_row(tile);
-                filler.open_row(walk, tile);
+                filler.open_row(walk);
             };
             block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
                 forward_tile<S>(run, tile, walk, filler, has_bias);

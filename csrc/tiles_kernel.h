@@ -180,15 +180,10 @@ template <class S>
 VICINAL_APART void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to) {
     const int64_t dtype = block.job.dtype, bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
     const Places places = block.places(tile, operand.axis, base);
-    // the targets of the next tile, and of the next row of tiles
-    const char* next = operand.data + places.column * tile.columns() * bytes;
-    const int64_t below = tile.row.end < block.row.end ? places.row * places.rows * bytes : 0;
+    const char* next = operand.data + places.column * tile.columns() * bytes;  // those of the next tile
     const int64_t size = operand.dim * bytes;
     places.each([&](int, int64_t place) VICINAL_LAMBDA {
-        for (int64_t byte = 0; byte < size; byte += 64) {
-            VICINAL_PREFETCH(next + place * bytes + byte);
-            if (below) VICINAL_PREFETCH_SOON(operand.data + below + place * bytes + byte);
-        }
+        for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH(next + place * bytes + byte);
     });
     constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
     if (operand.dim <= BLOCK) {

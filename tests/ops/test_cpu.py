@@ -175,11 +175,17 @@ def test_minus_infinity_in_a_bias_hides_a_key() -> None:
     torch.testing.assert_close(slope, torch.autograd.grad(wanted.sin().sum(), query)[0])
 
 
-def test_nan_comes_through_where_it_is_seen_and_only_there() -> None:
-    query, key = torch.randn(1, 12, 1, 8), torch.randn(1, 12, 1, 8)
-    key[0, 6] = torch.nan
-    out = vicinal.attention(query, key, query, Near(3), backend="cpu")
-    assert out.isnan().any(-1).flatten().tolist() == [abs(index - 6) < 2 for index in range(12)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("isa", ISAS)
+def test_nan_comes_through_where_it_is_seen_and_only_there(isa: str, dtype: torch.dtype, forced: Forced) -> None:
+    forced(isa=isa)
+    for length, size in ((12, 3), (40, 17)):  # tiles of few and of many queries
+        query, key, value = torch.randn(3, 1, length, 1, 8).to(dtype)
+        key[0, length // 2] = torch.nan
+        sees = [abs(index - length // 2) <= size // 2 for index in range(length)]
+        out, lse = vicinal.attention(query, key, value, Near(size), backend="cpu", return_lse=True)
+        assert out.isnan().any(-1).flatten().tolist() == sees
+        assert lse.isnan().flatten().tolist() == sees
 
 
 def test_dilations_may_have_a_common_multiple_beyond_all_numbers() -> None:
