@@ -147,7 +147,8 @@ VICINAL_APART void grad_query_tile(QueryRun<S>& run, const Tile& tile, Walk<S>& 
     });
     walk(tile, run.room.pass, [&](const Pass& pass) {
 #define VICINAL_CALL(T) \
-    grad_query_pass<S, T>(job, filler.panel, run.queries, run.grads, state, run.room.scores, pass, has_bias, run.grad_bias, walk.bias.data)
+    grad_query_pass<S, T>(job, filler.panel, run.queries, run.grads, state, run.room.scores, pass, has_bias, run.grad_bias, \
+                          walk.bias.data)
         VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
 #undef VICINAL_CALL
     });
@@ -209,7 +210,7 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
     }
     if (!keeps_state) return;
     block.each_tile([&](const Tile& tile) {
-                store_waiting<S>(run, tile);
+        store_waiting<S>(run, tile);
     });
 }
 

@@ -98,7 +98,8 @@ VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& wal
     });
     walk(tile, run.room.pass, [&](const Pass& pass) {
 #define VICINAL_CALL(T) \
-    closed_pass<S, T>(job, filler.panel, run.queries, run.grads, state, run.room.scores, pass, walk.bias.data != nullptr, run.grad_bias, walk.bias.data, run.grad_keys, run.grad_values)
+    closed_pass<S, T>(job, filler.panel, run.queries, run.grads, state, run.room.scores, pass, walk.bias.data != nullptr, \
+                      run.grad_bias, walk.bias.data, run.grad_keys, run.grad_values)
         VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
 #undef VICINAL_CALL
     });

@@ -435,7 +435,7 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
     }
     if (keeps_state)
         block.each_tile([&](const Tile& tile) {
-                finish_waiting<S>(run, tile);
+            finish_waiting<S>(run, tile);
         });
     finish_lse(block, sample * job.lse_batch + q_head * job.lse_head, run.top, run.total);
 }
