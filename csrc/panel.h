@@ -134,6 +134,7 @@ struct Packer {
     // Sources that are asked for before they are packed. Neighbors stand far apart in memory, a page for every few, where
     // no machine sees by itself what comes next. Asking for what is never read costs more than this gains.
     static constexpr int64_t AHEAD = 4 * W;
+    static constexpr int64_t FAR_APART = 2048;  // bytes from one source to the next
 
     VICINAL_INLINE void row_coordinates(int64_t group, int64_t* plane, int64_t* rows) const {
         const int64_t within = group % frame.groups;
@@ -155,6 +156,20 @@ struct Packer {
             is_whole = is_whole && row[r] >= 0;
         }
         return is_whole;
+    }
+
+    // Asks for a row group of one operand, where its sources stand far apart: no machine sees by itself what comes next.
+    VICINAL_INLINE void ask_for(const Operand& operand, int64_t base, int64_t group) const {
+        const int64_t bytes = dtype == VICINAL_FLOAT32 ? 4 : 2, count = chunk.column_end - chunk.column_begin;
+        if (count < 2 || count * frame.R > AHEAD || (columns[1] - columns[0]) * operand.axis[2] * bytes < FAR_APART) return;
+        int64_t offset[W];
+        row_offsets(operand, base, group, offset);
+        for (int64_t column = 0; column < count; ++column)
+            for (int r = 0; r < frame.R; ++r) {
+                if (offset[r] < 0) continue;
+                const char* at = operand.data + (offset[r] + columns[column] * operand.axis[2]) * bytes;
+                for (int64_t byte = 0; byte < operand.dim * bytes; byte += 64) VICINAL_PREFETCH(at + byte);
+            }
     }
 
     // Packs a row group of one operand of one head: transposed where `transposed` is given, as rows where `rows` is.

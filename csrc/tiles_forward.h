@@ -140,8 +140,19 @@ struct Filler {
 
     // What a row of tiles sees is there afterwards.
     VICINAL_INLINE void open_row(const Walk<S>& walk) {
-        for (int64_t i = 0; i < walk.num_rows; ++i)
-            if (!is_packed[walk.rows[i].group]) pack(walk.rows[i].group);
+        int64_t asked = 0;
+        for (int64_t i = 0; i < walk.num_rows; ++i) {
+            if (is_packed[walk.rows[i].group]) continue;
+            for (asked = most(asked, i); asked < least(i + 2, walk.num_rows); ++asked) ask_for(walk.rows[asked].group);
+            pack(walk.rows[i].group);
+        }
+    }
+
+    VICINAL_INLINE void ask_for(int64_t group) const {
+        if (is_packed[group]) return;
+        for (int i = 0; i < 2; ++i)
+            if (packing.transposed[i] || packing.rows[i])
+                packer.ask_for(packing.operand[i], packing.base[i], chunk.group_begin + group);
     }
 };
 
