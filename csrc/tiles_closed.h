@@ -68,7 +68,9 @@ VICINAL_INLINE void row_sums_of(const ClosedRun<S>& run, const Tile& tile, Query
     run.block.places(tile, job.grad_out.axis, run.grad_out_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
         grad_out_at[t] = place;
     });
-    run.block.places(tile, job.out.axis, run.out_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
+    const Places out_at = run.block.places(tile, job.out.axis, run.out_base);
+    ask_for_next(run.block, tile, job.out, out_at);
+    out_at.each([&](int t, int64_t place) VICINAL_LAMBDA {
         load_row<S>(job.dtype, job.out, place, run.out);
         load_row<S>(job.dtype, job.grad_out, grad_out_at[t], run.out + padded);
         typename S::F products = S::zero();
@@ -111,6 +113,25 @@ VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& wal
     });
 }
 
+// Fetches the lines that `write_sources` will write to while they are computed.
+template <class S>
+inline void ask_for_sources(const Job& job, const Packer<S>& packer, const Operand& operand, int64_t base) {
+    if (!operand.data) return;
+    const Frame& f = packer.frame;
+    const int64_t bytes = job.dtype == VICINAL_FLOAT32 ? 4 : 2, size = operand.dim * bytes;
+    for (int64_t group = 0; group < f.row_groups(); ++group) {
+        int64_t offset[S::LANES];
+        packer.row_offsets(operand, base, group, offset);
+        for (int r = 0; r < f.R; ++r) {
+            if (offset[r] < 0) continue;
+            for (int64_t column = 0; column < f.column_end - f.column_begin; ++column) {
+                const char* at = operand.data + (offset[r] + packer.columns[column] * operand.axis[2]) * bytes;
+                for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH_TO_WRITE(at + byte);
+            }
+        }
+    }
+}
+
 // `head` is a key head, which has one query head here or more; grad_bias only where it has one.
 template <class S>
 void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, float* grad_bias,
@@ -148,6 +169,10 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     for (int64_t i = 0; i < targets_floats(key_dim); ++i) queries[i] = 0.0f;
     for (int64_t i = 0; i < targets_floats(value_dim); ++i) grads[i] = 0.0f;
     for (int64_t i = 0; i < 2 * value_padded; ++i) out[i] = 0.0f;
+    const int64_t to_keys = sample * job.grad_key.batch + head * job.grad_key.head;
+    const int64_t to_values = sample * job.grad_value.batch + head * job.grad_value.head;
+    ask_for_sources<S>(job, filler.packer, job.grad_key, to_keys);
+    ask_for_sources<S>(job, filler.packer, job.grad_value, to_values);
     TileRoom<S> room;
     const int64_t head_begin = most(head * job.shared, job.first_head);
     const int64_t head_end = least((head + 1) * job.shared, job.first_head + job.heads);
@@ -168,9 +193,8 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
                 closed_tile<S>(run, tile, walk, filler);
         });
     }
-    write_sources<S>(job, filler.packer, job.grad_key, sample * job.grad_key.batch + head * job.grad_key.head, grad_keys, job.scale);
-    write_sources<S>(job, filler.packer, job.grad_value, sample * job.grad_value.batch + head * job.grad_value.head, grad_values,
-                     1.0f);
+    write_sources<S>(job, filler.packer, job.grad_key, to_keys, grad_keys, job.scale);
+    write_sources<S>(job, filler.packer, job.grad_value, to_values, grad_values, 1.0f);
 }
 
 }  // namespace

@@ -175,16 +175,24 @@ struct Block {
     VICINAL_INLINE Places state_places(const Tile& tile) const { return {tile.state, tile.state_row, 1, tile.rows(), tile.count}; }
 };
 
+// Fetches what the next tile reads of its targets: that beside this one, or the first of the next row.
+VICINAL_INLINE void ask_for_next(const Block& block, const Tile& tile, const Operand& operand, const Places& places) {
+    const int64_t bytes = block.job.dtype == VICINAL_FLOAT32 ? 4 : 2, size = operand.dim * bytes;
+    int64_t further = places.column * tile.columns();
+    if (tile.column.end == block.column.end)
+        further = places.row * places.rows - places.column * (tile.column.begin - block.column.begin);
+    places.each([&](int, int64_t place) VICINAL_LAMBDA {
+        for (int64_t byte = 0; byte < size; byte += 64)
+            VICINAL_PREFETCH(operand.data + (place + further) * bytes + byte);
+    });
+}
+
 // The targets of a tile as `dot` reads them.
 template <class S>
 VICINAL_APART void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to) {
-    const int64_t dtype = block.job.dtype, bytes = dtype == VICINAL_FLOAT32 ? 4 : 2;
+    const int64_t dtype = block.job.dtype;
     const Places places = block.places(tile, operand.axis, base);
-    const char* next = operand.data + places.column * tile.columns() * bytes;  // those of the next tile
-    const int64_t size = operand.dim * bytes;
-    places.each([&](int, int64_t place) VICINAL_LAMBDA {
-        for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH(next + place * bytes + byte);
-    });
+    ask_for_next(block, tile, operand, places);
     constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
     if (operand.dim <= BLOCK) {
         places.each([&](int t, int64_t place) VICINAL_LAMBDA {
