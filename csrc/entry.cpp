@@ -43,7 +43,7 @@ Problem settled(const vicinal_call* call, Purpose purpose) {
     if (!call) throw BadArgument("call is missing");
     Problem problem = read_problem(*call, purpose);
     const vicinal_isa best = best_isa();
-    if (problem.call.isa == VICINAL_BEST) problem.call.isa = best;
+    if (problem.call.isa == VICINAL_BEST) problem.call.isa = usual_isa(problem.call.dtype);
     if (problem.call.isa > best)
         throw BadArgument(std::string("isa must not be ") + ISA_NAMES[problem.call.isa] +
                           ": this machine and this build of the library have " + ISA_NAMES[best]);

@@ -11,6 +11,9 @@ namespace vicinal {
 
 vicinal_isa best_isa();
 
+// What a call uses that leaves it open.
+vicinal_isa usual_isa(int64_t dtype);
+
 }  // namespace vicinal
 
 #endif
