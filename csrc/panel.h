@@ -112,9 +112,11 @@ VICINAL_INLINE void store_row(int64_t dtype, const Operand& operand, int64_t off
         for (; d < dim; ++d) to[d * stride] = from[d] * factor;
     } else {
         uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + offset;
-        if (dtype == VICINAL_BFLOAT16)
+        if (dtype == VICINAL_BFLOAT16) {
+            if (stride == 1)  // apart, for compilers that then take many at once
+                for (; d < dim; ++d) to[d] = bfloat16_of_float(from[d] * factor);
             for (; d < dim; ++d) to[d * stride] = bfloat16_of_float(from[d] * factor);
-        else
+        } else
             for (; d < dim; ++d) to[d * stride] = float16_of_float(from[d] * factor);
     }
 }
