@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from vicinal.layers.one_pass import AddsTo, add_linear
 from vicinal.layers.rotary import Rotary
 from vicinal.layers.tags import POSITION_BIAS, tag
 from vicinal.layers.tile_place import TilePlace
@@ -25,7 +26,7 @@ PadMode = Literal["none", "legacy"]
 _LONG = 1 << 16
 
 
-class PatternAttention(nn.Module):
+class PatternAttention(AddsTo):
     """Multi-head attention over `[batch, *grid, dim]` by any pattern, on a grid of any rank.
 
     >>> mixer = PatternAttention(64, num_heads=2, pattern=Near(7, dilation=2), rel_pos_bias=True)
@@ -102,10 +103,20 @@ class PatternAttention(nn.Module):
         tag(several, **{str(index): POSITION_BIAS for index in range(len(tables))})
         return several
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`; in `TileOrdered` the grid is one axis of positions."""
-        if self.place.order is not None:
-            return self._in_order(inputs, self.place.order)
+    def forward(self, inputs: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`; in `TileOrdered` the grid is one axis of positions.
+
+        With a shortcut `[batch, *grid, out_dim]`, the sum of both.
+        """
+        order = self.place.order
+        out = self._on_grid(inputs) if order is None else self._in_order(inputs, order)
+        if shortcut is not None:
+            return add_linear(shortcut, out, self.proj)
+        result: torch.Tensor = self.proj(out)
+        return result
+
+    def _on_grid(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What every token gets, heads side by side, before the last projection."""
         grid = tuple(inputs.shape[1:-1])
         pattern = at(self.pattern, grid)
         if self.pad_mode == "legacy":
@@ -115,9 +126,7 @@ class PatternAttention(nn.Module):
         out = attention(query, key, value, pattern, bias=bias, backend=self.backend).flatten(-2)
         if self.value_mixer is not None:
             out = out + self.value_mixer(value.flatten(-2))
-        out = crop_grid(out, grid)
-        result: torch.Tensor = self.proj(out)
-        return result
+        return crop_grid(out, grid)
 
     def _project(
         self, inputs: torch.Tensor, angles: torch.Tensor | None
@@ -140,8 +149,7 @@ class PatternAttention(nn.Module):
         out = attention_in_order(query, key, value, pattern, order, bias=bias, backend=self.backend).flatten(-2)
         if self.value_mixer is not None:
             out = out + order.enter(self.value_mixer(order.leave(value.flatten(-2))))
-        result: torch.Tensor = self.proj(out)
-        return result
+        return out
 
     def _bias(self, pattern: Pattern, grid: tuple[int, ...]) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
         if self.rpb is None:

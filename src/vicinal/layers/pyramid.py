@@ -140,6 +140,8 @@ class Pyramid(nn.Module):
         for index, stage in enumerate(stages):
             set_group(stage, f"stage{index}")
         set_group(head, "head")
+        # convolutions read the channels last; weights that lie otherwise would be copied in every call
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
 
     def outputs(self, images: torch.Tensor) -> Iterator[Output]:
         """The output of every stage, channels last, as they come."""
