@@ -93,8 +93,8 @@ class PatchMerging(nn.Module):
         """`[batch, height, width, in_dim]` to `[batch, ceil(height / 2), ceil(width / 2), dim]`."""
         inputs = pad_grid(inputs, [length + length % 2 for length in inputs.shape[1:-1]])
         # published order of the four: down the column first
-        pieces = [inputs[:, row::2, column::2] for column in range(2) for row in range(2)]
-        result: torch.Tensor = self.reduction(self.norm(torch.cat(pieces, -1)))
+        patches = inputs.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        result: torch.Tensor = self.reduction(self.norm(patches))
         return result
 
 
