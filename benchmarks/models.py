@@ -31,7 +31,14 @@ NODE = "autograd::engine::evaluate_function: "
 
 OURS = ("swin_tiny", "nat_tiny", "dinat_tiny")
 PARTS = {
-    "linear layers": ("aten::linear", "addmm", "aten::mm", "mkldnn::_linear_pointwise", "AddmmBackward0", "MmBackward0"),
+    "linear layers": (
+        "aten::linear",
+        "addmm",
+        "aten::mm",
+        "mkldnn::_linear_pointwise",
+        "AddmmBackward0",
+        "MmBackward0",
+    ),
     "attention": ("vicinal::attend", "_AttendBackward", "_Unpack", "_UnpackBackward"),
     "norms": ("aten::layer_norm", "NativeLayerNormBackward0"),
     "convolutions": ("aten::conv2d", "ConvolutionBackward0"),
@@ -41,7 +48,7 @@ PARTS = {
 }
 """Parts of a step, by layers: an operation belongs to the layer, or to the node of the backward pass, that called it.
 
-So a linear layer is its product, its bias and the sum that is the bias's gradient; a convolution is also what it copies.
+So a linear layer is its product, its bias and the sum that is the bias's gradient; a convolution is its copies too.
 """
 
 

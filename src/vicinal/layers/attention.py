@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vicinal.layers.one_pass import AddsTo, add_linear
+from vicinal.layers.one_pass import AddsTo, add_linear, is_traced
 from vicinal.layers.rotary import Rotary
 from vicinal.layers.tags import POSITION_BIAS, tag
 from vicinal.layers.tile_place import TilePlace
@@ -22,6 +23,9 @@ from vicinal.pattern.compose import Heads, Pattern, pattern_parts, split_heads
 from vicinal.pattern.counting import count
 
 PadMode = Literal["none", "legacy"]
+
+Shapes = tuple[tuple[int, ...], ...]
+"""Of the position bias, for each head group, without the heads."""
 
 _LONG = 1 << 16
 
@@ -118,11 +122,9 @@ class PatternAttention(AddsTo):
     def _on_grid(self, inputs: torch.Tensor) -> torch.Tensor:
         """What every token gets, heads side by side, before the last projection."""
         grid = tuple(inputs.shape[1:-1])
-        pattern = at(self.pattern, grid)
-        if self.pad_mode == "legacy":
-            inputs = pad_grid(inputs, padded(pattern, grid))
-        query, key, value = self._project(inputs, None)
-        bias = self._bias(pattern, tuple(inputs.shape[1:-1]))
+        pattern, whole, shapes = _settled(self.pattern, grid, self.pad_mode, self.rpb is not None)
+        query, key, value = self._project(pad_grid(inputs, whole), None)
+        bias = self._bias(shapes)
         out = attention(query, key, value, pattern, bias=bias, backend=self.backend).flatten(-2)
         if self.value_mixer is not None:
             out = out + self.value_mixer(value.flatten(-2))
@@ -141,20 +143,19 @@ class PatternAttention(AddsTo):
 
     def _in_order(self, inputs: torch.Tensor, order: TileOrder) -> torch.Tensor:
         """The same for tokens in tile order, `[batch, positions, dim]`."""
-        pattern = at(self.pattern, order.grid)
-        if self.pad_mode == "legacy" and padded(pattern, order.grid) != order.grid:
+        pattern, whole, shapes = _settled(self.pattern, order.grid, self.pad_mode, self.rpb is not None)
+        if whole != order.grid:
             raise ValueError(f'pad_mode="legacy" would pad the grid {order.grid}, which tokens in tile order cannot be')
         query, key, value = self._project(inputs, self.place.angles(self.rotary, inputs))
-        bias = self._bias(pattern, order.grid)
+        bias = self._bias(shapes)
         out = attention_in_order(query, key, value, pattern, order, bias=bias, backend=self.backend).flatten(-2)
         if self.value_mixer is not None:
             out = out + order.enter(self.value_mixer(order.leave(value.flatten(-2))))
         return out
 
-    def _bias(self, pattern: Pattern, grid: tuple[int, ...]) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+    def _bias(self, shapes: Shapes) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
         if self.rpb is None:
             return None
-        shapes = table_shapes(pattern, grid)
         tables = [self.rpb] if isinstance(self.rpb, nn.Parameter) else list(self.rpb)
         fitting = tuple(_part(table, shape) for table, shape in zip(tables, shapes, strict=True))
         return fitting[0] if isinstance(self.rpb, nn.Parameter) else fitting
@@ -169,6 +170,29 @@ class PatternAttention(AddsTo):
     def extra_repr(self) -> str:
         """What `print` shows of the module."""
         return f"dim={self.dim}, num_heads={self.num_heads}, pattern={self.pattern}, pad_mode={self.pad_mode!r}"
+
+
+def _settled(
+    pattern: AnyPattern, grid: tuple[int, ...], pad_mode: PadMode, has_bias: bool
+) -> tuple[Pattern, tuple[int, ...], Shapes]:
+    """The pattern on a grid, the grid that is padded to, and the shapes of the bias on that; remembered."""
+    if not is_traced():  # there sizes are symbols, and compilers do not look into caches
+        try:
+            return _remembered(pattern, grid, pad_mode, has_bias)  # type: ignore[arg-type]  # most hash
+        except TypeError:  # a word of a user's that does not
+            pass
+    return _settle(pattern, grid, pad_mode, has_bias)
+
+
+def _settle(
+    pattern: AnyPattern, grid: tuple[int, ...], pad_mode: PadMode, has_bias: bool
+) -> tuple[Pattern, tuple[int, ...], Shapes]:
+    pattern = at(pattern, grid)
+    whole = padded(pattern, grid) if pad_mode == "legacy" else grid
+    return pattern, whole, table_shapes(pattern, whole) if has_bias else ()
+
+
+_remembered = functools.lru_cache(maxsize=1024)(_settle)
 
 
 def _part(table: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

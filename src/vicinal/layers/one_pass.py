@@ -6,7 +6,6 @@ a layer (hooks, adapters, quantization, compilers) meets the plain calls.
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -17,12 +16,12 @@ from torch.nn.modules import module as hooks
 from vicinal.ops.side_by_side import is_plain
 
 
-class AddsTo(nn.Module, abc.ABC):
+class AddsTo(nn.Module):
     """A module that can add its result to a shortcut itself: `forward(inputs, shortcut)`."""
 
-    @abc.abstractmethod
     def forward(self, inputs: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
         """What it makes of the inputs; with a shortcut, the sum of both."""
+        raise NotImplementedError
 
 
 def add_linear(shortcut: torch.Tensor, inputs: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -36,7 +35,7 @@ def add_linear(shortcut: torch.Tensor, inputs: torch.Tensor, layer: nn.Module) -
     if not is_addable or not _is_plain_linear(layer, inputs) or layer.bias is None:
         result: torch.Tensor = shortcut + layer(inputs)
         return result
-    total = shortcut.flatten(0, -2) + layer.bias
+    total: torch.Tensor = shortcut.flatten(0, -2) + layer.bias
     return total.addmm_(inputs.flatten(0, -2), layer.weight.t()).view(shortcut.shape)
 
 
@@ -58,7 +57,7 @@ def linear_gelu(inputs: torch.Tensor, layer: nn.Module, act: nn.Module) -> torch
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether nobody watches the calls of a module.
+    """Whether nobody watches the calls of a module, or answers them in its place.
 
     >>> layer = torch.nn.Linear(2, 2)
     >>> handle = layer.register_forward_hook(lambda module, inputs, output: None)
@@ -66,19 +65,27 @@ def is_bare(module: nn.Module) -> bool:
     (False, True)
     """
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(own) and not hooks._has_any_global_hook()
+    return not any(own) and "forward" not in vars(module) and not hooks._has_any_global_hook()
+
+
+def is_traced() -> bool:
+    """Whether a compiler, an exporter or a tracer is looking.
+
+    >>> is_traced()
+    False
+    """
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _is_plain_linear(layer: nn.Module, inputs: torch.Tensor) -> TypeGuard[nn.Linear]:
     return (
         type(layer) is nn.Linear
         and inputs.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
+        and not is_traced()
         and not torch._C._is_any_autocast_enabled()
         and is_plain(inputs)
-        and is_plain(layer.weight)
-        and layer.weight.dtype == inputs.dtype
+        and type(weight := layer.weight) is nn.Parameter
+        and weight.dtype == inputs.dtype
         and is_bare(layer)
     )
 
@@ -87,4 +94,5 @@ def _onednn() -> Callable[..., Any] | None:
     """A linear layer with an activation by oneDNN, an operator that torch's own compiler calls; None without it."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return None if packet is None else packet.default
