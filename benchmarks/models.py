@@ -48,8 +48,11 @@ PARTS = {
 }
 """Parts of a step, by layers: an operation belongs to the layer, or to the node of the backward pass, that called it.
 
-So a linear layer is its product, its bias and the sum that is the bias's gradient; a convolution is its copies too.
+So a linear layer is its product, its bias and the sum that is the bias's gradient.
 """
+
+COPIES = ("aten::clone", "aten::contiguous", "aten::_to_copy")
+"""What changes a layout counts by itself, whichever layer asked for it."""
 
 
 class Logits(nn.Module):
@@ -114,7 +117,7 @@ def shares(call: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
 def _profiled(call: Callable[[], Any]) -> tuple[float, dict[str, float]]:
     with profile(activities=[ProfilerActivity.CPU]) as recorded, record_function("all of it"):
         call()
-    parts = dict.fromkeys([*PARTS, "the rest"], 0.0)
+    parts = dict.fromkeys([*PARTS, "copies", "the rest"], 0.0)
     for event in recorded.events():
         parts[_part(event)] += event.self_cpu_time_total
     total = sum(parts.values())
@@ -128,6 +131,8 @@ def _part(event: Any) -> str:
     while parent is not None:
         callers.append(parent.name.removeprefix(NODE))
         parent = parent.cpu_parent
+    if any(caller in COPIES for caller in callers):
+        return "copies"
     if callers[0] == "aten::add_" and len(callers) > 1 and callers[1].endswith("Backward0"):
         return "shortcuts"
     if callers[:2] == ["aten::sum", "AddBackward0"]:  # of the bias that was added together with the shortcut
