@@ -43,6 +43,23 @@ def built(name) -> Pyramid:
     return registry.families()[name].build(small(name)).eval()
 
 
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_the_smallest_image_is_known(name):
+    model = built(name)
+    least = model.least_image
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, least, least + 1)).isfinite().all()
+        if least > 1:
+            with pytest.raises(ValueError, match=rf"images must have at least {least} pixels on each side, got \(1, 3"):
+                model(torch.randn(1, 3, least + 1, least - 1))
+            model.least_image = 1
+            try:
+                with pytest.raises(RuntimeError):
+                    model(torch.randn(1, 3, least - 1, least - 1))
+            finally:
+                model.least_image = least
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_and_features_at_an_odd_size(name):
     model = built(name)

@@ -44,6 +44,11 @@ def test_poolformer_equals_transformers(size, lively):
 
 
 @torch.no_grad()
+def test_pvt_refuses_an_image_size_without_a_place_in_the_last_stage():
+    with pytest.raises(ValueError, match="image_size must be at least 32, got 31"):
+        pvt.build(dataclasses.replace(pvt.VARIANTS["pvt_tiny"], image_size=31))
+
+
 def test_pvt_equals_transformers(lively):
     small = dataclasses.replace(pvt.VARIANTS["pvt_tiny"], dims=(8, 16, 40, 64), image_size=64, num_classes=10)
     there = {"hidden_sizes": small.dims, "image_size": 64}

@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, r
 from torch import nn
 
 from vicinal.layers.channels import channels_first, channels_last
-from vicinal.layers.pyramid import Head, Pyramid, run_stages
+from vicinal.layers.pyramid import Head, Pyramid, least_image, run_stages
 from vicinal.layers.tags import parameter_tags
 from vicinal.models import loading, nat, registry
 
@@ -48,6 +48,7 @@ class TimmModel(nn.Module):
         self.stem, self.stages = model.stem, model.stages
         self.head: Head | nn.Identity = model.head
         self.num_features = self.head_hidden_size = model.head.dim
+        self.least_image = model.least_image
         self.feature_info = [
             {"num_chs": info.channels, "reduction": info.stride, "module": f"stages.{index}"}
             for index, info in enumerate(model.feature_info)
@@ -73,7 +74,8 @@ class TimmModel(nn.Module):
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """The last map, `[batch, channels, height, width]`, without the head's norm."""
-        for features, _ in run_stages(self.stem, self.stages, images, self.in_chans):  # noqa: B007 - the last is wanted
+        outputs = run_stages(self.stem, self.stages, images, self.in_chans, self.least_image)
+        for features, _ in outputs:  # noqa: B007 - the last is wanted
             pass
         return channels_first(features)
 
@@ -106,7 +108,8 @@ class TimmModel(nn.Module):
             raise ValueError(f"maps are NCHW and without a norm, got output_fmt={output_fmt!r}, norm={norm}")
         chosen = self._indices(indices)
         stages = self.stages[: max(chosen) + 1] if stop_early or intermediates_only else self.stages
-        maps = [channels_first(features) for features, _ in run_stages(self.stem, stages, images, self.in_chans)]
+        outputs = run_stages(self.stem, stages, images, self.in_chans, least_image(self.stem, stages))
+        maps = [channels_first(features) for features, _ in outputs]
         found = [maps[index] for index in chosen]
         return found if intermediates_only else (maps[-1], found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from vicinal.layers.one_pass import AddsTo, add_linear, is_traced
 from vicinal.layers.rotary import Rotary
 from vicinal.layers.tags import POSITION_BIAS, tag
 from vicinal.layers.tile_place import TilePlace
@@ -22,10 +24,13 @@ from vicinal.pattern.counting import count
 
 PadMode = Literal["none", "legacy"]
 
+Shapes = tuple[tuple[int, ...], ...]
+"""Of the position bias, for each head group, without the heads."""
+
 _LONG = 1 << 16
 
 
-class PatternAttention(nn.Module):
+class PatternAttention(AddsTo):
     """Multi-head attention over `[batch, *grid, dim]` by any pattern, on a grid of any rank.
 
     >>> mixer = PatternAttention(64, num_heads=2, pattern=Near(7, dilation=2), rel_pos_bias=True)
@@ -102,22 +107,28 @@ class PatternAttention(nn.Module):
         tag(several, **{str(index): POSITION_BIAS for index in range(len(tables))})
         return several
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`; in `TileOrdered` the grid is one axis of positions."""
-        if self.place.order is not None:
-            return self._in_order(inputs, self.place.order)
+    def forward(self, inputs: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        """`[batch, *grid, dim]` to `[batch, *grid, out_dim]`; in `TileOrdered` the grid is one axis of positions.
+
+        With a shortcut `[batch, *grid, out_dim]`, the sum of both.
+        """
+        order = self.place.order
+        out = self._on_grid(inputs) if order is None else self._in_order(inputs, order)
+        if shortcut is not None:
+            return add_linear(shortcut, out, self.proj)
+        result: torch.Tensor = self.proj(out)
+        return result
+
+    def _on_grid(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What every token gets, heads side by side, before the last projection."""
         grid = tuple(inputs.shape[1:-1])
-        pattern = at(self.pattern, grid)
-        if self.pad_mode == "legacy":
-            inputs = pad_grid(inputs, padded(pattern, grid))
-        query, key, value = self._project(inputs, None)
-        bias = self._bias(pattern, tuple(inputs.shape[1:-1]))
+        pattern, whole, shapes = _settled(self.pattern, grid, self.pad_mode, self.rpb is not None)
+        query, key, value = self._project(pad_grid(inputs, whole), None)
+        bias = self._bias(shapes)
         out = attention(query, key, value, pattern, bias=bias, backend=self.backend).flatten(-2)
         if self.value_mixer is not None:
             out = out + self.value_mixer(value.flatten(-2))
-        out = crop_grid(out, grid)
-        result: torch.Tensor = self.proj(out)
-        return result
+        return crop_grid(out, grid)
 
     def _project(
         self, inputs: torch.Tensor, angles: torch.Tensor | None
@@ -132,21 +143,19 @@ class PatternAttention(nn.Module):
 
     def _in_order(self, inputs: torch.Tensor, order: TileOrder) -> torch.Tensor:
         """The same for tokens in tile order, `[batch, positions, dim]`."""
-        pattern = at(self.pattern, order.grid)
-        if self.pad_mode == "legacy" and padded(pattern, order.grid) != order.grid:
+        pattern, whole, shapes = _settled(self.pattern, order.grid, self.pad_mode, self.rpb is not None)
+        if whole != order.grid:
             raise ValueError(f'pad_mode="legacy" would pad the grid {order.grid}, which tokens in tile order cannot be')
         query, key, value = self._project(inputs, self.place.angles(self.rotary, inputs))
-        bias = self._bias(pattern, order.grid)
+        bias = self._bias(shapes)
         out = attention_in_order(query, key, value, pattern, order, bias=bias, backend=self.backend).flatten(-2)
         if self.value_mixer is not None:
             out = out + order.enter(self.value_mixer(order.leave(value.flatten(-2))))
-        result: torch.Tensor = self.proj(out)
-        return result
+        return out
 
-    def _bias(self, pattern: Pattern, grid: tuple[int, ...]) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+    def _bias(self, shapes: Shapes) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
         if self.rpb is None:
             return None
-        shapes = table_shapes(pattern, grid)
         tables = [self.rpb] if isinstance(self.rpb, nn.Parameter) else list(self.rpb)
         fitting = tuple(_part(table, shape) for table, shape in zip(tables, shapes, strict=True))
         return fitting[0] if isinstance(self.rpb, nn.Parameter) else fitting
@@ -161,6 +170,29 @@ class PatternAttention(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows of the module."""
         return f"dim={self.dim}, num_heads={self.num_heads}, pattern={self.pattern}, pad_mode={self.pad_mode!r}"
+
+
+def _settled(
+    pattern: AnyPattern, grid: tuple[int, ...], pad_mode: PadMode, has_bias: bool
+) -> tuple[Pattern, tuple[int, ...], Shapes]:
+    """The pattern on a grid, the grid that is padded to, and the shapes of the bias on that; remembered."""
+    if not is_traced():  # there sizes are symbols, and compilers do not look into caches
+        try:
+            return _remembered(pattern, grid, pad_mode, has_bias)  # type: ignore[arg-type]  # most hash
+        except TypeError:  # a word of a user's that does not
+            pass
+    return _settle(pattern, grid, pad_mode, has_bias)
+
+
+def _settle(
+    pattern: AnyPattern, grid: tuple[int, ...], pad_mode: PadMode, has_bias: bool
+) -> tuple[Pattern, tuple[int, ...], Shapes]:
+    pattern = at(pattern, grid)
+    whole = padded(pattern, grid) if pad_mode == "legacy" else grid
+    return pattern, whole, table_shapes(pattern, whole) if has_bias else ()
+
+
+_remembered = functools.lru_cache(maxsize=1024)(_settle)
 
 
 def _part(table: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vicinal.layers.norm import Modulated
+from vicinal.layers.one_pass import AddsTo, is_bare
 from vicinal.layers.tags import LAYER_SCALE, tag
 
 NormPlace = Literal["pre", "post", "branch"]
@@ -105,13 +106,22 @@ class Block(nn.Module):
             inputs = inputs + position(inputs)
         if inner is None or norm is None:
             return inputs
-        out = inner(_normed(norm, inputs, condition) if self.norm_place == "pre" else inputs)
+        out = _normed(norm, inputs, condition) if self.norm_place == "pre" else inputs
+        if isinstance(inner, AddsTo) and gamma is None and self._adds_at_once(inner):
+            result: torch.Tensor = inner(out, inputs)
+            return result
+        out = inner(out)
         if self.norm_place == "branch":
             out = _normed(norm, out, condition)
         if gamma is not None:
             out = gamma * out
         out = inputs + self.drop_path(out)
         return _normed(norm, out, condition) if self.norm_place == "post" else out
+
+    def _adds_at_once(self, inner: nn.Module) -> bool:
+        """Whether a branch's result goes to the sum as it is, and nobody wants to see it alone."""
+        is_whole = isinstance(self.drop_path, nn.Identity) or not self.training
+        return self.norm_place == "pre" and is_whole and is_bare(inner) and is_bare(self.drop_path)
 
 
 def _scale(dim: int, value: float | None) -> nn.Parameter | None:

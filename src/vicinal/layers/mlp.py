@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from vicinal.layers.one_pass import AddsTo, add_linear, linear_gelu
 
-class Mlp(nn.Module):
+
+class Mlp(AddsTo):
     """`dim -> hidden_dim -> dim` on the last axis; `between` sees the hidden grid before the activation.
 
     >>> Mlp(8, 32)(torch.randn(1, 5, 6, 8)).shape
@@ -29,10 +31,13 @@ class Mlp(nn.Module):
         self.act = act()
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The same shape."""
-        hidden = self.fc1(inputs)
-        if self.between is not None:
-            hidden = self.between(hidden)
-        result: torch.Tensor = self.fc2(self.act(hidden))
+    def forward(self, inputs: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        """The same shape; with a shortcut, the sum of both."""
+        if self.between is None:
+            hidden = linear_gelu(inputs, self.fc1, self.act)
+        else:
+            hidden = self.act(self.between(self.fc1(inputs)))
+        if shortcut is not None:
+            return add_linear(shortcut, hidden, self.fc2)
+        result: torch.Tensor = self.fc2(hidden)
         return result

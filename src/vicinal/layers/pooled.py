@@ -90,6 +90,10 @@ class Reduce(nn.Module):
         """The grid that is left of `grid`."""
         return tuple(length // self.size for length in grid)
 
+    def least_length(self, tokens: int) -> int:
+        """The shortest axis that gives so many tokens."""
+        return tokens * self.size
+
 
 class AveragePool(nn.Module):
     """The mean of each block of `size`; blocks cut at the edge are means of what is there.

@@ -5,8 +5,9 @@ An isotropic model is a pyramid of one stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -17,6 +18,14 @@ from vicinal.layers.tags import set_group
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 """What a stage gives: the map `[batch, *grid, dim]`, and tokens beside the grid `[batch, tokens, dim]` or None."""
+
+
+@runtime_checkable
+class Shortens(Protocol):
+    """A module that makes axes shorter, and knows from which length on."""
+
+    def least_length(self, tokens: int) -> int:
+        """The shortest axis that gives so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -136,14 +145,17 @@ class Pyramid(nn.Module):
         self.head = head
         self.in_channels = in_channels
         self.feature_info = feature_info(stages, stem_stride)
+        self.least_image = least_image(stem, stages)
         set_group(stem, "stem")
         for index, stage in enumerate(stages):
             set_group(stage, f"stage{index}")
         set_group(head, "head")
+        # convolutions read the channels last; weights that lie otherwise would be copied in every call
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
 
     def outputs(self, images: torch.Tensor) -> Iterator[Output]:
         """The output of every stage, channels last, as they come."""
-        return run_stages(self.stem, self.stages, images, self.in_channels)
+        return run_stages(self.stem, self.stages, images, self.in_channels, self.least_image)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """One vector per image, `[batch, dim]`: what the classifier sees."""
@@ -190,6 +202,7 @@ class Features(nn.Module):
         self.in_channels = model.in_channels
         self.stem = model.stem
         self.stages = nn.ModuleList(list(model.stages)[: chosen[-1] + 1])
+        self.least_image = least_image(self.stem, self.stages)
         self.feature_info = tuple(model.feature_info[stage] for stage in chosen)
         self.norms: nn.ModuleDict | None = None
         if use_norms:
@@ -205,17 +218,22 @@ class Features(nn.Module):
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The chosen maps."""
         maps = []
-        for index, (features, _) in enumerate(run_stages(self.stem, self.stages, images, self.in_channels)):
+        outputs = run_stages(self.stem, self.stages, images, self.in_channels, self.least_image)
+        for index, (features, _) in enumerate(outputs):
             if index in self.chosen:
                 normed = features if self.norms is None else self.norms[str(index)](features)
                 maps.append(channels_first(normed))
         return maps
 
 
-def run_stages(stem: nn.Module, stages: nn.ModuleList, images: torch.Tensor, in_channels: int) -> Iterator[Output]:
-    """The output of each stage on images `[batch, in_channels, *grid]`."""
+def run_stages(
+    stem: nn.Module, stages: nn.ModuleList, images: torch.Tensor, in_channels: int, least: int = 1
+) -> Iterator[Output]:
+    """The output of each stage on images `[batch, in_channels, *grid]`, no side shorter than `least`."""
     if images.dim() < 3 or images.shape[1] != in_channels:
         raise ValueError(f"images must be [batch, {in_channels}, height, width], got {tuple(images.shape)}")
+    if least > 1 and any(length < least for length in images.shape[2:]):
+        raise ValueError(f"images must have at least {least} pixels on each side, got {tuple(images.shape)}")
     features = stem(channels_last(images))
     for stage in stages:
         features, extra = stage(features)
@@ -229,3 +247,26 @@ def feature_info(stages: Sequence[Stage], stem_stride: int) -> tuple[FeatureInfo
         stride *= stage.stride
         found.append(FeatureInfo(stride, stage.dim))
     return tuple(found)
+
+
+def least_image(stem: nn.Module, stages: Iterable[nn.Module]) -> int:
+    """The shortest side of an image of which every layer gets something; 1 where layers fill up what they lack.
+
+    >>> vicinal.create_model("convnext_tiny").least_image, vicinal.create_model("nat_mini").least_image
+    (32, 1)
+    """
+    least = 1
+    for stage in reversed(list(stages)):
+        if not isinstance(stage, Stage):
+            continue
+        pools = [pool.least_length(1) for pool in stage.blocks.modules() if isinstance(pool, Shortens)]
+        least = _before(stage.downsample, max([least, *pools]))
+    return _before(stem, least)
+
+
+def _before(module: nn.Module | None, tokens: int) -> int:
+    """The shortest axis from which a chain of layers makes so many tokens."""
+    for layer in () if module is None else reversed(list(module.modules())):
+        if isinstance(layer, Shortens):
+            tokens = layer.least_length(tokens)
+    return tokens

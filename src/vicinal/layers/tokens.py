@@ -48,6 +48,11 @@ class ConvPatches(nn.Module):
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding, bias=bias)
         self.norm_after = None if norm_after is None else norm_after(dim)
 
+    def least_length(self, tokens: int) -> int:
+        """The shortest axis that gives so many tokens."""
+        kernel_size = 1 if self.use_whole_patches else self.conv.kernel_size[0] - 2 * int(self.conv.padding[0])
+        return max(1, (tokens - 1) * self.stride + kernel_size)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[batch, height, width, in_dim]` to `[batch, *(grid / stride), dim]`."""
         if self.norm_before is not None:
@@ -71,6 +76,10 @@ class OverlappingStem(nn.Module):
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1)
         self.norm = norm(dim)
 
+    def least_length(self, tokens: int) -> int:
+        """The shortest axis that gives so many tokens."""
+        return 4 * tokens - 3
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[batch, height, width, in_dim]` to `[batch, height / 4, width / 4, dim]`."""
         result: torch.Tensor = self.norm(channels_last(self.conv2(self.conv1(channels_first(inputs)))))
@@ -89,12 +98,16 @@ class PatchMerging(nn.Module):
         self.norm = norm(4 * in_dim)
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
 
+    def least_length(self, tokens: int) -> int:
+        """The shortest axis that gives so many tokens."""
+        return 2 * tokens - 1
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[batch, height, width, in_dim]` to `[batch, ceil(height / 2), ceil(width / 2), dim]`."""
         inputs = pad_grid(inputs, [length + length % 2 for length in inputs.shape[1:-1]])
         # published order of the four: down the column first
-        pieces = [inputs[:, row::2, column::2] for column in range(2) for row in range(2)]
-        result: torch.Tensor = self.reduction(self.norm(torch.cat(pieces, -1)))
+        patches = inputs.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        result: torch.Tensor = self.reduction(self.norm(patches))
         return result
 
 

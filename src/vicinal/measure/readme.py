@@ -67,13 +67,17 @@ def models_block(result: Mapping[str, Any]) -> str:
         compared = [f"{row['swin_tiny_faster_than'][name]:.2f}x" for name in peers]
         ratios = row["per_multiply_add_vs_our_swin"]
         cells.append([*ours, *compared, *(f"{milliseconds(taken[name])} ({ratios[name]:.2f})" for name in kin)])
-    shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in result["shares"]["swin_tiny"].items())
+    shares = "; ".join(f"at batch {batch} {_shares(parts)}" for batch, parts in result["shares"]["swin_tiny"].items())
     notes = (
         "Whole models, float32: everybody took turns in one run; more than 1x means that ours took less time. Where "
         f"our Swin-Tiny's training step (AdamW included) goes: {shares}. Machine: {_host(result['machine'])}, "
         f"{result['created'][:10]}. Measured by `benchmarks/models.py`."
     )
     return f"{markdown(cells)}\n\n{notes}"
+
+
+def _shares(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f}%" for name, share in parts.items())
 
 
 def _machine(report: Report) -> str:

@@ -83,6 +83,9 @@ class TokenHead(Head):
 
 def build(config: PvtConfig) -> Pyramid:
     """The model of a configuration, with fresh weights."""
+    least = 4 * 2 ** (len(config.dims) - 1)
+    if config.image_size < least:
+        raise ValueError(f"image_size must be at least {least}, got {config.image_size}")
     stages: list[Stage] = []
     rates = drop_rates(config.depths, config.drop_path_rate)
     embeddings = [_embedding(config, level) for level in range(len(config.dims))]

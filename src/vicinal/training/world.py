@@ -78,6 +78,7 @@ def shard(task: Task, world: World, parallel: Parallel) -> None:
         )
     from torch.distributed.fsdp import fully_shard
 
+    task.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 takes no other
     for unit in task.units():
         fully_shard(unit, mesh=world.mesh)
     fully_shard(task.model, mesh=world.mesh)
