@@ -16,6 +16,7 @@ from vicinal.ops.tiled.rows import group_heads
 def forgetful(monkeypatch):
     """Many small chunks, none of them remembered: what a large problem does."""
     monkeypatch.setattr(parts, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(parts, "WHOLE_BYTES", 0)
     monkeypatch.setattr(tiles, "MOST_REMEMBERED_BYTES", 0)
     plan._plan_row.cache_clear()
     yield

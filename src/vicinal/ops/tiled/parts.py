@@ -15,8 +15,11 @@ from vicinal.ops.tiled.plan import MemberPlan, RowPlan, plan_row
 from vicinal.ops.tiled.rows import GroupHeads, group_heads
 from vicinal.ops.tiled.tiles import MOST_REMEMBERED_BYTES, Chunk, TileSet
 
-CHUNK_BYTES = 12 << 20
+CHUNK_BYTES = 6 << 20
 """What a chunk's copies and scores may take; about what stays in the caches of a CPU."""
+
+WHOLE_BYTES = 12 << 20
+"""Up to this size a call is one chunk: whole tensors are put back faster than parts of them."""
 
 
 @dataclasses.dataclass(slots=True)  # frozen ones take twice as long to make, at every call
@@ -75,10 +78,11 @@ def chunks(part: Part, tiles: TileSet, *, whole: bool = False) -> Iterable[Chunk
     """A set's tiles in pieces that stay in cache, or with `whole` in one piece."""
     if whole:
         return [tiles.whole(part.samples, part.query.device, part.heads)]
-    per_tile = part.heads.count * (
-        tiles.queries * tiles.keys + (tiles.queries + tiles.keys) * (part.head_dim + part.value_dim)
-    )
-    return tiles.chunks(max(1, CHUNK_BYTES // (per_tile * 4)), part.samples, part.query.device, part.heads)
+    scores, tokens = tiles.queries * tiles.keys, tiles.queries + tiles.keys
+    tile_bytes = 4 * part.heads.count * (scores + tokens * (part.head_dim + part.value_dim))
+    is_one = tile_bytes * tiles.num_tiles * part.samples <= WHOLE_BYTES
+    capacity = tiles.num_tiles * part.samples if is_one else max(1, CHUNK_BYTES // tile_bytes)
+    return tiles.chunks(capacity, part.samples, part.query.device, part.heads)
 
 
 def added_to_scores(part: Part, tiles: TileSet, chunk: Chunk, *, unit: float = 1.0) -> torch.Tensor | None:
