@@ -211,6 +211,7 @@ CHUNKED = (*SAMPLE, Problem((9, 13), Near(3), batch=3, extra_tokens=2, has_bias=
 def test_tiled_backend_gives_the_same_in_many_small_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small problems fit into one chunk; the loop over chunks and samples must hold for them as well."""
     monkeypatch.setattr("vicinal.ops.tiled.parts.CHUNK_BYTES", 4096)
+    monkeypatch.setattr("vicinal.ops.tiled.parts.WHOLE_BYTES", 0)
     assert_agrees(run(problem, torch.float32, "tiled"), judge(problem, torch.float32))
 
 

@@ -14,7 +14,14 @@ from vicinal.pattern import Near, Window, heads, union
 
 from .problems import SAMPLE, Problem, arguments, draw
 
-by_problem = pytest.mark.parametrize("problem", SAMPLE, ids=str)
+TELLING = (SAMPLE[1], SAMPLE[3], SAMPLE[4])
+"""Bias and extra tokens; head groups and unions; sizes that differ from sample to sample."""
+
+by_problem = pytest.mark.parametrize(
+    "problem",
+    [problem if problem in TELLING else pytest.param(problem, marks=pytest.mark.slow) for problem in SAMPLE],
+    ids=str,
+)
 
 
 class Call(torch.nn.Module):

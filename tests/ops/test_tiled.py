@@ -8,14 +8,16 @@ import torch
 import vicinal
 from vicinal import Near
 from vicinal.ops.packing import ordinary_tensors
-from vicinal.ops.tiled import parts, plan
+from vicinal.ops.tiled import parts, plan, tiles
+from vicinal.ops.tiled.rows import group_heads
 
 
 @pytest.fixture
 def forgetful(monkeypatch):
     """Many small chunks, none of them remembered: what a large problem does."""
     monkeypatch.setattr(parts, "CHUNK_BYTES", 1 << 12)
-    monkeypatch.setattr(plan, "MOST_REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(parts, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(tiles, "MOST_REMEMBERED_BYTES", 0)
     plan._plan_row.cache_clear()
     yield
     plan._plan_row.cache_clear()
@@ -41,9 +43,9 @@ def test_backward_leaves_no_tensor_behind(forgetful):
 
 
 def test_chunks_run_under_the_callers_modes(forgetful):
-    tiles = plan._plan_member(vicinal.bounds(Near(3), (16,)).groups[0].members[0], [], bounded=True, biased=False)
+    member = plan._plan_member(vicinal.bounds(Near(3), (16,)).groups[0].members[0], [], bounded=True, biased=False)
     with torch.no_grad():
-        for _ in tiles.sets[0].chunks(1, 1, torch.device("cpu")):
+        for _ in member.sets[0].chunks(1, 1, torch.device("cpu"), group_heads((1,), 1)[0]):
             assert not torch.is_grad_enabled()
         with ordinary_tensors():
             assert not torch.is_grad_enabled()

@@ -158,10 +158,11 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
         again = backend.find(ctx.backend).differentiable
         with below_autocast():
             grads = gradients_through(again, inputs, grad_out, grad_lse, needs, create_graph=True)
-    elif ctx.backend == "cpu" and all(_is_here(tensor) for tensor in (lse, grad_out, grad_lse) if tensor is not None):
+    elif all(_is_here(tensor) for tensor in (lse, grad_out, grad_lse) if tensor is not None):
         # as in the forward, and the gradients may share memory, which those of a registered operator must not
         inputs = _inputs(tensors, ctx.layout, ctx.scale)
-        grads = backend.find("cpu").backward(inputs, out, lse, grad_out, grad_lse, needs)
+        with below_autocast(), torch._C._AutoDispatchBelowAutograd():
+            grads = backend.find(ctx.backend).backward(inputs, out, lse, grad_out, grad_lse, needs)
     else:
         packed = torch.ops.vicinal.attend_backward(
             grad_out, grad_lse, out, lse, *tensors, ctx.layout, ctx.scale, ctx.backend, needs

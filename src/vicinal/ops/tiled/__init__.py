@@ -14,7 +14,8 @@ from vicinal.ops.packing import Layout, pack_tables
 from vicinal.ops.tiled.backward import backward as run_backward
 from vicinal.ops.tiled.forward import differentiable
 from vicinal.ops.tiled.forward import forward as run_forward
-from vicinal.ops.tiled.plan import TileSet, plan_row
+from vicinal.ops.tiled.plan import plan_row
+from vicinal.ops.tiled.tiles import TileSet
 
 
 def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:

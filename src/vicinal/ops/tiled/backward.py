@@ -10,23 +10,23 @@ from collections.abc import Sequence
 import torch
 
 from vicinal.ops.backend import Gradients, Inputs
-from vicinal.ops.tiled.forward import FLASH_BACKWARD, can_fuse
+from vicinal.ops.tiled.forward import FLASH_BACKWARD, LOG2_E, can_fuse, may_be_blind
 from vicinal.ops.tiled.parts import (
+    Groups,
     Part,
     added_to_scores,
     all_chunks,
     as_rows,
-    key_heads,
-    key_rows,
     parts,
     pick,
-    query_rows,
     remember,
     split,
-    take_queries,
     tile_inputs,
+    tile_queries,
 )
-from vicinal.ops.tiled.plan import Chunk, MemberPlan, RowPlan, TileSet
+from vicinal.ops.tiled.plan import RowPlan
+from vicinal.ops.tiled.rows import RowSums
+from vicinal.ops.tiled.tiles import Chunk, TileSet
 
 
 def backward(
@@ -43,44 +43,42 @@ def backward(
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         for samples, plan, extra_length in split(inputs, bounded=True):
-            results = (out, grad_out, lse.unsqueeze(-1), None if grad_lse is None else grad_lse.unsqueeze(-1))
-            _backward_samples(inputs, results, totals, samples, plan, extra_length)
+            groups = parts(inputs, samples, plan, extra_length)
+            own = (
+                None if tensor is None else pick(tensor, samples, plan.grid)
+                for tensor in (out, grad_out, lse, grad_lse)
+            )
+            results = _Results.of(groups, *own, needs_scores=totals.needs[3])
+            _backward_samples(inputs, groups, results, totals, samples, plan)
     return totals.finished()
 
 
 def _backward_samples(
-    inputs: Inputs,
-    results: tuple[torch.Tensor | None, ...],
-    totals: _Totals,
-    samples: list[int] | None,
-    plan: RowPlan,
-    extra_length: int | None,
+    inputs: Inputs, groups: Groups, results: _Results, totals: _Totals, samples: list[int] | None, plan: RowPlan
 ) -> None:
-    shared = inputs.query.shape[-2] // inputs.key.shape[-2]
-    bias_at = list(itertools.accumulate(inputs.layout.bias_sizes, initial=0))
-    for number, (heads, part) in enumerate(parts(inputs, samples, plan, extra_length)):
-        rows = _Rows.of(
-            *(None if given is None else as_rows(pick(given, samples, plan.grid), heads) for given in results)
-        )
-        sinks = _Sinks.for_part(part, plan.groups[number], totals.needs)
-        for position, member in enumerate(plan.groups[number]):
-            mine = part if position == 0 else dataclasses.replace(part, extra_key=None, extra_value=None)
-            for tiles, chunk in all_chunks(mine, member):
-                _backward_tiles(mine, chunk, tiles, rows, sinks)
-        kv_heads, _ = key_heads(heads, shared)
-        for place, sink, group_heads, grid in (
-            (0, sinks.query, heads, plan.grid),
-            (1, sinks.key, kv_heads, plan.key_grid),
-            (2, sinks.value, kv_heads, plan.key_grid),
-        ):
-            if sink is not None:
-                width = part.heads if place == 0 else part.kv_heads
-                totals.add(place, samples, grid, group_heads, sink.view(part.samples, *grid, width, -1))
-        for place, sink in ((4, sinks.extra_key), (5, sinks.extra_value)):
-            if sink is not None:
-                totals.add(place, samples, sink.shape[1:2], kv_heads, sink)
-        if sinks.bias is not None:
-            totals.add_bias(bias_at[number], sinks.bias.flatten())
+    bias_at = itertools.accumulate(inputs.layout.bias_sizes, initial=0)
+    sinks = _Sinks.of(groups, totals.needs)
+    for (part, members), begin in zip(groups, bias_at, strict=False):
+        bias = totals.bias(begin, part) if totals.needs[3] else None
+        for position, member in enumerate(members):
+            own = part if position == 0 else part.without_extras()
+            for tiles, chunk in all_chunks(own, member):
+                _backward_tiles(own, chunk, tiles, results, sinks, bias)
+    first = groups[0][0]
+    by_query, by_key = (1.0, 1.0) if results.offset is None else (inputs.scale, 1 / LOG2_E)
+    for place, sink, grid, heads, factor in (
+        (0, sinks.query, plan.grid, first.heads.num_query, by_query),
+        (1, sinks.key, plan.key_grid, first.heads.num_key, by_key),
+        (2, sinks.value, plan.key_grid, first.heads.num_key, 1.0),
+    ):
+        if sink is not None:
+            rows = sink.finished()
+            if factor != 1.0:
+                rows.mul_(factor)
+            totals.add(place, samples, grid, rows.view(first.samples, *grid, heads, -1))
+    for place, extra, factor in ((4, sinks.extra_key, by_key), (5, sinks.extra_value, 1.0)):
+        if extra is not None:
+            totals.add(place, samples, extra.shape[1:2], extra * factor)
 
 
 class _Totals:
@@ -100,29 +98,23 @@ class _Totals:
             self._grads[place] = grad
         return grad
 
-    def add(
-        self, place: int, samples: list[int] | None, grid: Sequence[int], heads: slice | list[int], part: torch.Tensor
-    ) -> None:
-        """Add the gradient of some samples, their own grid and some heads where it belongs."""
+    def add(self, place: int, samples: list[int] | None, grid: Sequence[int], own: torch.Tensor) -> None:
+        """Add the gradient of some samples and their own grid where it belongs."""
         tensor = self.tensors[place]
-        if samples is None and isinstance(heads, slice) and tensor is not None and part.shape == tensor.shape:
-            self._grads[place] = part  # all there is
+        if samples is None and tensor is not None and own.shape == tensor.shape:
+            self._grads[place] = own  # all there is
             return
         view = self._grad(place)[(slice(None), *map(slice, grid))]
-        if isinstance(heads, slice):
-            view = view[..., heads, :]
-        else:
-            part = part.new_zeros(*part.shape[:-2], view.shape[-2], part.shape[-1]).index_add_(
-                -2, torch.tensor(heads, device=part.device), part
-            )
         if samples is None:
-            view += part
+            view += own
         else:
-            view.index_add_(0, torch.tensor(samples, device=part.device), part)
+            view.index_add_(0, torch.tensor(samples, device=own.device), own)
 
-    def add_bias(self, begin: int, part: torch.Tensor) -> None:
-        """Add the gradient of a group's bias tables."""
-        self._grad(3)[begin : begin + len(part)] += part
+    def bias(self, begin: int, part: Part) -> torch.Tensor:
+        """Where to add the gradient of a group's bias tables, `[heads, entries]`."""
+        assert part.bias is not None
+        own: torch.Tensor = self._grad(3)[begin : begin + part.bias.numel()]
+        return own.view(len(part.bias), -1)
 
     def finished(self) -> Gradients:
         """All gradients in the precision of their tensors; None where not asked for."""
@@ -132,145 +124,153 @@ class _Totals:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """The results of the forward and their gradients, as rows of a head group."""
+@dataclasses.dataclass(slots=True)
+class _Results:
+    """What the backward needs of the forward's results and their gradients, as rows.
 
-    out: torch.Tensor
+    `shift` is minus the log-sum-exp, in powers of 2 where matrix products follow, and `offset` minus what softmax takes
+    off the gradient of every weight. The fused kernel works the offset out itself, from `out`.
+    """
+
     grad_out: torch.Tensor
-    lse: torch.Tensor
-    grad_lse: torch.Tensor | None
+    shift: torch.Tensor
+    offset: torch.Tensor | None
+    out: torch.Tensor | None
 
     @staticmethod
     def of(
-        out: torch.Tensor | None, grad_out: torch.Tensor | None, lse: torch.Tensor | None, grad_lse: torch.Tensor | None
-    ) -> _Rows:
+        groups: Groups,
+        out: torch.Tensor | None,
+        grad_out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        grad_lse: torch.Tensor | None,
+        *,
+        needs_scores: bool,
+    ) -> _Results:
         assert out is not None
         assert grad_out is not None
         assert lse is not None
-        # a query that sees nothing has lse -inf; any finite number keeps its weights, exp(-inf - lse), at 0
-        return _Rows(out, grad_out, torch.where(lse == -math.inf, 0.0, lse), grad_lse)
+        part = groups[0][0]
+        shift = lse.reshape(-1).neg()
+        if any(may_be_blind(own, tiles) for own, members in groups for member in members for tiles in member.sets):
+            # a query that sees nothing has lse -inf; any finite number keeps its weights, exp(-inf - lse), at 0
+            shift.masked_fill_(shift == math.inf, 0.0)
+        if can_fuse(part) and part.query.dtype != part.compute_dtype and grad_lse is None and not needs_scores:
+            return _Results(as_rows(grad_out), shift, None, as_rows(out))
+        offset = (grad_out.to(part.compute_dtype) * out).sum(-1).neg_()
+        if grad_lse is not None:
+            offset += grad_lse
+        return _Results(as_rows(grad_out), shift.mul_(LOG2_E), offset.reshape(-1), None)
 
-    def take(self, chunk: Chunk, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Those of a chunk's items, `[items, kv_heads, shared * queries, dim]`."""
-        out, grad_out, lse = (
-            take_queries(rows, chunk.query_index, part) for rows in (self.out, self.grad_out, self.lse)
-        )
-        grad_lse = None if self.grad_lse is None else take_queries(self.grad_lse, chunk.query_index, part)
-        return out, grad_out, lse, grad_lse
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class _Sinks:
-    """Where a part's gradients are summed; None where not asked for."""
+    """Where gradients are summed; None where not asked for."""
 
-    query: torch.Tensor | None
-    key: torch.Tensor | None
-    value: torch.Tensor | None
-    bias: torch.Tensor | None
+    query: RowSums | None
+    key: RowSums | None
+    value: RowSums | None
     extra_key: torch.Tensor | None
     extra_value: torch.Tensor | None
-    queries_come_once: bool
-    keys_come_once: bool
 
     @staticmethod
-    def for_part(part: Part, members: Sequence[MemberPlan], needs: Sequence[bool]) -> _Sinks:
-        queries_come_once = len(members) == 1
-        keys_come_once = queries_come_once and members[0].keys_come_once
-        once = (queries_come_once, keys_come_once, keys_come_once, False, False, False)
-        sources = (part.query, part.key, part.value, part.bias, part.extra_key, part.extra_value)
-        sinks: list[torch.Tensor | None] = []
-        for source, need, written in zip(sources, needs, once, strict=True):
-            if source is None or not need:
-                sinks.append(None)
-            else:
-                make = source.new_empty if written else source.new_zeros
-                sinks.append(make(source.shape, dtype=part.compute_dtype))
-        query, key, value, bias, extra_key, extra_value = sinks
-        return _Sinks(query, key, value, bias, extra_key, extra_value, queries_come_once, keys_come_once)
+    def of(groups: Groups, needs: Sequence[bool]) -> _Sinks:
+        part = groups[0][0]
+        is_union = any(len(members) > 1 for _, members in groups)
+        rows = [
+            RowSums(source, tuple(source.shape), part.compute_dtype, come_once=come_once) if need else None
+            for source, need, come_once in zip(
+                (part.query, part.key, part.value), needs[:3], (not is_union, False, False), strict=True
+            )
+        ]
+        extras = [
+            source.new_zeros(source.shape, dtype=part.compute_dtype) if need and source is not None else None
+            for source, need in zip((part.extra_key, part.extra_value), needs[4:], strict=True)
+        ]
+        return _Sinks(rows[0], rows[1], rows[2], extras[0], extras[1])
 
 
-def _backward_tiles(part: Part, chunk: Chunk, tiles: TileSet, rows: _Rows, sinks: _Sinks) -> None:
-    query, key, value = tile_inputs(part, chunk)
-    added = added_to_scores(part, tiles, chunk)
-    out, grad_out, lse, grad_lse = rows.take(chunk, part)
-    if chunk.keep is not None:
-        keep = chunk.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
-        grad_out = grad_out * keep
-        grad_lse = None if grad_lse is None else grad_lse * keep
-    if sinks.bias is None and grad_lse is None and can_fuse(part):
-        assert FLASH_BACKWARD is not None
-        mask = None if added is None else added.expand(query.shape[0], query.shape[1], -1, -1)
-        grad_query, grad_key, grad_value = FLASH_BACKWARD(
-            grad_out, query, key, value, out, lse.squeeze(-1), 0.0, False, attn_mask=mask, scale=part.scale
-        )
+def _backward_tiles(
+    part: Part, chunk: Chunk, tiles: TileSet, results: _Results, sinks: _Sinks, bias: torch.Tensor | None
+) -> None:
+    inputs = tile_inputs(part, tiles, chunk)
+    added = added_to_scores(part, tiles, chunk, unit=1.0 if results.offset is None else LOG2_E)
+    if results.offset is None:
+        grads = _fused_backward(part, tiles, chunk, results, inputs, added)
     else:
-        query, key, value, out, grad_out = (
-            tensor.to(part.compute_dtype) for tensor in (query, key, value, out, grad_out)
-        )
-        grad_query, grad_key, grad_value, grad_scores = _matmul_backward(
-            query, key, value, out, grad_out, lse, grad_lse, added, part.scale
-        )
-        if sinks.bias is not None:
-            _add_bias_gradient(sinks.bias, part, chunk, tiles, grad_scores)
+        *grads, grad_scores = _multiplied_backward(part, tiles, chunk, results, inputs, added)
+        if bias is not None:
+            _add_bias_gradient(bias, part, chunk, tiles, part.by_head(grad_scores))
+    grad_query, grad_key, grad_value = grads
     if sinks.query is not None:
-        rows_of_query = query_rows(grad_query, part).to(part.compute_dtype)
-        _sum(sinks.query, chunk.query_index, rows_of_query, chunk.keep, come_once=sinks.queries_come_once)
-    own = tiles.keys
+        sinks.query.add(chunk.query, grad_query.reshape(-1, part.head_dim))
     for sink, extra_sink, grad in (
         (sinks.key, sinks.extra_key, grad_key),
         (sinks.value, sinks.extra_value, grad_value),
     ):
         if sink is not None:
-            rows_of_key = key_rows(grad[:, :, :own]).to(part.compute_dtype)
-            _sum(sink, chunk.key_index, rows_of_key, None, come_once=sinks.keys_come_once)
+            sink.add(chunk.key, grad[:, : tiles.keys].reshape(-1, grad.shape[-1]))
         if extra_sink is not None and part.extra_key is not None:
-            summed = grad[:, :, own:].unflatten(0, (-1, chunk.tiles)).sum(1, dtype=part.compute_dtype)
-            extra_sink[chunk.samples] += summed.transpose(1, 2)
+            _add_extra_gradient(extra_sink[chunk.samples], part, chunk, grad[:, tiles.keys :])
 
 
-def _sum(
-    sink: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, keep: torch.Tensor | None, *, come_once: bool
-) -> None:
-    """Add rows to the rows of `sink` they came from; where every row comes just once, write it."""
-    index = index.reshape(-1)
-    if not come_once:
-        sink.index_add_(0, index, rows)
-        return
-    if keep is not None:
-        keep = keep.reshape(-1)
-        index, rows = index[keep], rows[keep]
-    sink.index_copy_(0, index, rows)
-
-
-def _matmul_backward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    grad_out: torch.Tensor,
-    lse: torch.Tensor,
-    grad_lse: torch.Tensor | None,
+def _fused_backward(
+    part: Part,
+    tiles: TileSet,
+    chunk: Chunk,
+    results: _Results,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     added: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value and scores of each tile; `lse` is that of the whole softmax."""
-    scores = torch.matmul(query * scale, key.transpose(-1, -2))
+) -> list[torch.Tensor]:
+    """Gradients of query, key and value of each tile by torch's fused CPU kernel."""
+    assert FLASH_BACKWARD is not None
+    assert results.out is not None
+    query, key, value = (part.by_head(tensor) for tensor in inputs)
+    out, grad_out = (part.by_head(tile_queries(rows, part, tiles, chunk)) for rows in (results.out, results.grad_out))
+    if chunk.padding is not None:
+        grad_out.masked_fill_(chunk.padding, 0.0)
+    lse = part.by_head(tile_queries(results.shift[:, None], part, tiles, chunk)).squeeze(-1).neg_()
+    mask = None if added is None else added.expand(*query.shape[:2], -1, -1)
+    grads = FLASH_BACKWARD(grad_out, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=part.scale)
+    return [grad.flatten(0, 1).to(part.compute_dtype) for grad in grads]
+
+
+def _multiplied_backward(
+    part: Part,
+    tiles: TileSet,
+    chunk: Chunk,
+    results: _Results,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    added: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Gradients of each tile by matrix products: of query / scale, of key * `LOG2_E`, of value and scores."""
+    assert results.offset is not None
+    grad_out = tile_queries(results.grad_out, part, tiles, chunk)
+    query, key, value = inputs
+    if query.dtype != part.compute_dtype:
+        query, key, value, grad_out = (tensor.to(part.compute_dtype) for tensor in (*inputs, grad_out))
+    shift, offset = (chunk.query.take(rows).view(*query.shape[:2], 1) for rows in (results.shift, results.offset))
+    if chunk.padding is not None:
+        part.by_head(shift).masked_fill_(chunk.padding, -math.inf)  # weights of 0
+    scores = torch.bmm(query.mul_(part.scale * LOG2_E), key.transpose(1, 2))
     if added is not None:
-        scores += added
-    weights = scores.sub_(lse).exp_()
-    delta = (grad_out * out).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta -= grad_lse
-    grad_value = torch.matmul(weights.transpose(-1, -2), grad_out)
-    grad_scores = torch.matmul(grad_out, value.transpose(-1, -2)).sub_(delta).mul_(weights)
-    grad_query = torch.matmul(grad_scores, key).mul_(scale)
-    grad_key = torch.matmul(grad_scores.transpose(-1, -2), query).mul_(scale)
-    return grad_query, grad_key, grad_value, grad_scores
+        part.by_head(scores).add_(added)
+    weights = scores.add_(shift).exp2_()
+    grad_value = torch.bmm(weights.transpose(1, 2), grad_out)
+    grad_scores = torch.bmm(grad_out, value.transpose(1, 2)).add_(offset).mul_(weights)
+    grad_query = torch.bmm(grad_scores, key)
+    grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+    return [grad_query, grad_key, grad_value, grad_scores]
+
+
+def _add_extra_gradient(sink: torch.Tensor, part: Part, chunk: Chunk, grad: torch.Tensor) -> None:
+    """Sum the gradients of a chunk's copies of extra tokens into `[samples, tokens, kv_heads, dim]`."""
+    summed = grad.unflatten(0, (-1, chunk.tiles, part.kv_heads)).sum(1).transpose(1, 2)
+    sink.index_add_(2, torch.tensor(part.heads.key, device=grad.device), summed)
 
 
 def _add_bias_gradient(sink: torch.Tensor, part: Part, chunk: Chunk, tiles: TileSet, grad_scores: torch.Tensor) -> None:
-    """Sum the gradients of scores into the bias entries they read."""
+    """Sum the gradients of scores into the bias entries they read, `[heads, entries]`."""
     grad = grad_scores[..., : tiles.keys].unflatten(2, (part.shared, tiles.queries)).flatten(1, 2)
     index = remember(chunk, ("bias",), lambda: tiles.bias_index(chunk.shapes).to(grad.device))
     if chunk.which is None:
@@ -278,4 +278,4 @@ def _add_bias_gradient(sink: torch.Tensor, part: Part, chunk: Chunk, tiles: Tile
     else:
         summed = grad.new_zeros(len(index), *grad.shape[1:]).index_add_(0, chunk.which, grad)
     flat = summed.transpose(0, 1).flatten(1)
-    sink.flatten(1).scatter_add_(1, index.reshape(1, -1).expand(len(flat), -1), flat)
+    sink.scatter_add_(1, index.reshape(1, -1).expand(len(flat), -1), flat)

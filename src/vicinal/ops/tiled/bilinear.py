@@ -9,8 +9,8 @@ import torch
 
 from vicinal.ops.backend import Inputs
 from vicinal.ops.packing import Layout
-from vicinal.ops.tiled.parts import Part, chunks, key_rows, parts, query_rows, split, take_keys, take_queries
-from vicinal.ops.tiled.plan import Chunk, TileSet
+from vicinal.ops.tiled.parts import Part, chunks, parts, split, tile_keys, tile_queries
+from vicinal.ops.tiled.tiles import Chunk, TileSet
 
 
 def _bundle(
@@ -24,15 +24,14 @@ def _bundle(
     return Inputs(query, key, value, tables, None, None, None, None, Layout.unpack(layout), scale)
 
 
-_Piece = tuple[slice, Part, Chunk, TileSet, torch.Tensor, torch.Tensor, slice]
+_Piece = tuple[Part, Chunk, TileSet, torch.Tensor, torch.Tensor, slice]
 
 
 def _pieces(inputs: Inputs) -> Iterator[_Piece]:
-    """Every chunk of every member: its heads, part, chunk, tiles, window index and validity, window columns."""
+    """Every chunk of every member: its part, chunk, tiles, window index and validity, window columns."""
     for samples, plan, length in split(inputs, bounded=True):
-        for (heads, part), members, layout in zip(
-            parts(inputs, samples, plan, length), plan.groups, inputs.layout.groups, strict=True
-        ):
+        groups = parts(inputs, samples, plan, length)
+        for (part, members), layout in zip(groups, inputs.layout.groups, strict=True):
             begin = 0
             for member, axes in zip(members, layout.members, strict=True):
                 most = tuple(axis.most for axis in axes)
@@ -44,14 +43,15 @@ def _pieces(inputs: Inputs) -> Iterator[_Piece]:
                     for chunk in chunks(part, tiles):
                         index, valid = tiles.window(chunk.shapes, most)
                         index, valid = _for_tiles(index, part, chunk), _for_tiles(valid, part, chunk)
-                        yield heads, part, chunk, tiles, index, valid, columns
+                        yield part, chunk, tiles, index, valid, columns
 
 
 def _for_tiles(shapes: torch.Tensor, part: Part, chunk: Chunk) -> torch.Tensor:
-    """`[shapes, queries, window]` as `[tiles, kv_heads, shared * queries, window]`."""
+    """`[shapes, queries, window]` as `[items * kv_heads, shared * queries, window]`."""
     shapes = shapes.to(part.query.device)
-    own = shapes.expand(len(chunk.query_index), -1, -1) if chunk.which is None else shapes[chunk.which]
-    return own[:, None, None].expand(-1, part.kv_heads, part.shared, -1, -1).flatten(2, 3)
+    items = (chunk.samples.stop - chunk.samples.start) * chunk.tiles
+    own = shapes.expand(items, -1, -1) if chunk.which is None else shapes[chunk.which]
+    return own[:, None, None].expand(-1, part.kv_heads, part.shared, -1, -1).flatten(2, 3).flatten(0, 1)
 
 
 def scores(
@@ -62,49 +62,39 @@ def scores(
     out = query.new_full((*query.shape[:-1], inputs.layout.window), -math.inf)
     if not out.numel():
         return out
-    rows = out.view(-1, query.shape[-2], inputs.layout.window)
-    for heads, part, chunk, _, index, valid, columns in _pieces(inputs):
-        tile = take_queries(part.query, chunk.query_index, part).to(part.compute_dtype)
-        keys = take_keys(part.key, chunk.key_index, part).to(part.compute_dtype)
+    rows = out.view(-1, inputs.layout.window)
+    for part, chunk, tiles, index, valid, columns in _pieces(inputs):
+        tile = tile_queries(part.query, part, tiles, chunk).to(part.compute_dtype)
+        keys = tile_keys(part.key, None, part, tiles, chunk).to(part.compute_dtype)
         picked = torch.matmul(tile, keys.transpose(-1, -2)).mul_(scale).gather(-1, index)
-        found = query_rows(picked.masked_fill_(~valid, -math.inf), part).view(-1, part.heads, index.shape[-1])
-        where = chunk.query_index.reshape(-1)
-        if chunk.keep is not None:
-            where, found = where[chunk.keep.reshape(-1)], found[chunk.keep.reshape(-1)]
-        rows[where, heads, columns] = found.to(out.dtype)
+        found, where = chunk.query.unsorted(picked.masked_fill_(~valid, -math.inf).view(-1, index.shape[-1]))
+        rows[where, columns] = found.to(out.dtype)
     return out
 
 
 def _dense_weights(
-    weights: torch.Tensor, heads: slice, part: Part, chunk: Chunk, tiles: TileSet, index: torch.Tensor,
-    valid: torch.Tensor, columns: slice,
+    weights: torch.Tensor, part: Part, chunk: Chunk, tiles: TileSet, index: torch.Tensor, valid: torch.Tensor,
+    columns: slice,
 ) -> torch.Tensor:  # fmt: skip
-    """Weights in window order as `[tiles, kv_heads, shared * queries, keys]` of their tiles."""
-    rows = weights.reshape(-1, *weights.shape[-2:])[:, heads, columns].to(part.compute_dtype)
-    own = take_queries(rows.reshape(len(rows), -1), chunk.query_index, part)
-    own = torch.where(valid, own, 0.0)
-    if chunk.keep is not None:
-        keep = chunk.keep[:, None, None, :].expand(-1, 1, part.shared, -1).flatten(2)[..., None]
-        own = torch.where(keep, own, 0.0)
+    """Weights in window order as `[items * kv_heads, shared * queries, keys]` of their tiles."""
+    rows = weights.reshape(-1, weights.shape[-1])[:, columns].to(part.compute_dtype)
+    own = torch.where(valid, tile_queries(rows, part, tiles, chunk), 0.0)
+    if chunk.padding is not None:
+        part.by_head(own).masked_fill_(chunk.padding, 0.0)
     return own.new_zeros(*own.shape[:-1], tiles.keys).scatter_add_(-1, index, own)
 
 
 def apply(weights: torch.Tensor, value: torch.Tensor, tables: torch.Tensor, layout: Sequence[int]) -> torch.Tensor:
     """Values summed with the weights of the queries that see them: `[batch, *grid, heads, value_dim]`."""
-    shape = (*weights.shape[:-1], value.shape[-1])
-    out = weights.new_zeros(shape)
+    out = weights.new_zeros(*weights.shape[:-1], value.shape[-1])
     if not weights.numel():
         return out
-    inputs = _bundle(weights, value, value, tables, layout)
-    rows = out.view(-1, *shape[-2:])
-    for heads, part, chunk, tiles, index, valid, columns in _pieces(inputs):
-        dense = _dense_weights(weights, heads, part, chunk, tiles, index, valid, columns)
-        values = take_keys(part.value, chunk.key_index, part).to(part.compute_dtype)
-        found = query_rows(torch.matmul(dense, values), part).view(-1, part.heads, part.value_dim)
-        where = chunk.query_index.reshape(-1)
-        if chunk.keep is not None:
-            where, found = where[chunk.keep.reshape(-1)], found[chunk.keep.reshape(-1)]
-        rows[where, heads] += found.to(out.dtype)
+    rows = out.view(-1, value.shape[-1])
+    for part, chunk, tiles, index, valid, columns in _pieces(_bundle(weights, value, value, tables, layout)):
+        dense = _dense_weights(weights, part, chunk, tiles, index, valid, columns)
+        values = tile_keys(part.value, None, part, tiles, chunk).to(part.compute_dtype)
+        found, where = chunk.query.unsorted(torch.matmul(dense, values).view(-1, part.value_dim))
+        rows[where] += found.to(out.dtype)
     return out
 
 
@@ -113,22 +103,14 @@ def spread(
     key_grid: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     """Tensors of the queries summed, with weights, at the keys they see: `[batch, *key_grid, kv_heads, dim]`."""
-    batch_size, head_dim = query.shape[0], query.shape[-1]
-    out = query.new_zeros(batch_size, *key_grid, kv_heads, head_dim)
+    out = query.new_zeros(query.shape[0], *key_grid, kv_heads, query.shape[-1])
     if not weights.numel():
         return out
-    inputs = _bundle(query, out, out, tables, layout)
-    shared = query.shape[-2] // kv_heads
     total = torch.zeros(out.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
-    rows = total.view(-1, kv_heads, head_dim)
-    for heads, part, chunk, tiles, index, valid, columns in _pieces(inputs):
-        dense = _dense_weights(weights, heads, part, chunk, tiles, index, valid, columns)
-        own = take_queries(part.query, chunk.query_index, part).to(part.compute_dtype)
-        found = key_rows(torch.matmul(dense.transpose(-1, -2), own)).view(-1, part.kv_heads, head_dim)
-        where = chunk.key_index.reshape(-1)
-        if part.shared == shared:
-            rows[:, heads.start // shared : heads.stop // shared].index_add_(0, where, found)
-        else:  # a group that splits key heads
-            for place, head in enumerate(range(heads.start, heads.stop)):
-                rows[:, head // shared].index_add_(0, where, found[:, place])
+    rows = total.view(-1, query.shape[-1])
+    for part, chunk, tiles, index, valid, columns in _pieces(_bundle(query, out, out, tables, layout)):
+        dense = _dense_weights(weights, part, chunk, tiles, index, valid, columns)
+        own = tile_queries(part.query, part, tiles, chunk).to(part.compute_dtype)
+        found, where = chunk.key.unsorted(torch.matmul(dense.transpose(-1, -2), own).view(-1, query.shape[-1]))
+        rows.index_add_(0, where, found)
     return total.to(query.dtype)

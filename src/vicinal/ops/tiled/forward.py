@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 
 import torch
 
 from vicinal.ops.backend import Inputs
 from vicinal.ops.merge import merge_pair
-from vicinal.ops.tiled.parts import Part, added_to_scores, all_chunks, parts, query_rows, split, tile_inputs
-from vicinal.ops.tiled.plan import MemberPlan, RowPlan
+from vicinal.ops.tiled.parts import Groups, Part, added_to_scores, all_chunks, parts, split, tile_inputs
+from vicinal.ops.tiled.plan import MemberPlan
+from vicinal.ops.tiled.rows import GroupHeads, RowSums
+from vicinal.ops.tiled.tiles import TileSet
 
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
-
-def _softmax_tiles(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each tile by matrix products, differentiable any number of times."""
-    scores = torch.matmul(query * scale, key.transpose(-1, -2))
-    if added is not None:
-        scores = scores + added
-    top = scores.detach().amax(-1, keepdim=True)
-    top = torch.where(top == -math.inf, 0.0, top)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    blind = total == 0
-    safe = torch.where(blind, 1.0, total)
-    lse = torch.where(blind, -math.inf, top + torch.log(safe))
-    return torch.matmul(weights / safe, value), lse.squeeze(-1)
+LOG2_E = math.log2(math.e)
+"""Scores in powers of 2: torch's `exp` takes forty times as long where scores are -inf, its `exp2` does not."""
 
 
 def can_fuse(part: Part) -> bool:
@@ -45,21 +31,22 @@ def can_fuse(part: Part) -> bool:
 
 
 def _fused_tiles(
+    part: Part,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     added: torch.Tensor | None,
-    scale: float,
     *,
     may_be_blind: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each tile by torch's fused CPU kernel."""
     assert FLASH is not None
     if added is None:
-        out, lse = FLASH(query, key, value, scale=scale)
+        # one head each, so that the output comes in the order of the tiles' rows
+        out, lse = FLASH(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), scale=part.scale)
         return out, lse
-    mask = added.expand(query.shape[0], query.shape[1], -1, -1)
-    out, lse = FLASH(query, key, value, attn_mask=mask, scale=scale)
+    query, key, value = (part.by_head(tensor) for tensor in (query, key, value))
+    out, lse = FLASH(query, key, value, attn_mask=added.expand(*query.shape[:2], -1, -1), scale=part.scale)
     if not may_be_blind:
         return out, lse
     # for a query that sees nothing the kernel's lse is not specified
@@ -67,35 +54,78 @@ def _fused_tiles(
     return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -math.inf)
 
 
-def _member(
-    part: Part, plan: MemberPlan, num_queries: int, *, differentiable: bool
+def may_be_blind(part: Part, tiles: TileSet) -> bool:
+    """Whether some query may see nothing."""
+    return part.bias is not None or (tiles.may_be_blind and part.extra_key is None)
+
+
+def _multiplied_tiles(
+    part: Part,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    added: torch.Tensor | None,
+    *,
+    may_be_blind: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output rows `[samples * queries, heads * value_dim]` and lse rows `[samples * queries, heads]`."""
-    fused = not differentiable and can_fuse(part)
-    rows = part.samples * num_queries
-    dtype = part.query.dtype if fused else part.compute_dtype
-    out = part.query.new_empty(rows, part.heads * part.value_dim, dtype=dtype)
-    lse = part.query.new_empty(rows, part.heads, dtype=part.compute_dtype)
-    for tiles, chunk in all_chunks(part, plan, whole=differentiable):
-        query, key, value = tile_inputs(part, chunk)
-        added = added_to_scores(part, tiles, chunk)
-        if fused:
-            may_be_blind = tiles.may_be_blind and part.extra_key is None
-            tile_out, tile_lse = _fused_tiles(query, key, value, added, part.scale, may_be_blind=may_be_blind)
+    """Attention of each tile by matrix products, in few passes over the scores: a softmax of torch's takes longer."""
+    scores = torch.bmm(query.mul_(part.scale * LOG2_E), key.transpose(1, 2))
+    if added is not None:
+        part.by_head(scores).add_(added)
+    top = scores.amax(-1, keepdim=True)
+    if may_be_blind:
+        top.masked_fill_(top == -math.inf, 0.0)
+    weights = scores.sub_(top).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    lse = total.log2().add_(top).mul_(1 / LOG2_E)
+    if may_be_blind:
+        total.masked_fill_(total == 0, 1.0)
+    return torch.bmm(weights, value).div_(total), lse
+
+
+def _softmax_tiles(
+    part: Part, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, differentiable any number of times."""
+    scores = part.by_head(torch.matmul(query * part.scale, key.transpose(-1, -2)))
+    if added is not None:
+        scores = scores + added
+    top = scores.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    blind = total == 0
+    safe = torch.where(blind, 1.0, total)
+    lse = torch.where(blind, -math.inf, top + torch.log(safe))
+    return torch.matmul(weights / safe, part.by_head(value)), lse
+
+
+def _by_chunks(part: Part, plan: MemberPlan, out: RowSums, lse: RowSums) -> None:
+    """One union member's output rows `[rows, value_dim]` and lse rows `[rows]`, written chunk by chunk."""
+    is_fused, is_exact = can_fuse(part), part.query.dtype == part.compute_dtype
+    for tiles, chunk in all_chunks(part, plan):
+        inputs = tile_inputs(part, tiles, chunk)
+        added = added_to_scores(part, tiles, chunk, unit=1.0 if is_fused else LOG2_E)
+        blind = may_be_blind(part, tiles)
+        if is_fused:
+            tile_out, tile_lse = _fused_tiles(part, *inputs, added, may_be_blind=blind)
         else:
-            query, key, value = (tensor.to(part.compute_dtype) for tensor in (query, key, value))
-            tile_out, tile_lse = _softmax_tiles(query, key, value, added, part.scale)
-        out_rows = query_rows(tile_out, part)
-        lse_rows = query_rows(tile_lse.unsqueeze(-1), part)
-        index = chunk.query_index.reshape(-1)
-        if chunk.keep is not None:
-            keep = chunk.keep.reshape(-1)
-            index, out_rows, lse_rows = index[keep], out_rows[keep], lse_rows[keep]
-        if differentiable:
-            out, lse = out.index_copy(0, index, out_rows), lse.index_copy(0, index, lse_rows)
-        else:
-            out.index_copy_(0, index, out_rows)
-            lse.index_copy_(0, index, lse_rows)
+            query, key, value = inputs if is_exact else (tensor.to(part.compute_dtype) for tensor in inputs)
+            tile_out, tile_lse = _multiplied_tiles(part, query, key, value, added, may_be_blind=blind)
+        out.add(chunk.query, tile_out.reshape(-1, part.value_dim))
+        lse.add(chunk.query, tile_lse.reshape(-1))
+
+
+def _in_one_piece(part: Part, plan: MemberPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain operations that can be differentiated; rows of other heads hold anything."""
+    out = part.query.new_empty(part.query.shape[0], part.value_dim, dtype=part.compute_dtype)
+    lse = part.query.new_empty(part.query.shape[0], dtype=part.compute_dtype)
+    for tiles, chunk in all_chunks(part, plan, whole=True):
+        query, key, value = (tensor.to(part.compute_dtype) for tensor in tile_inputs(part, tiles, chunk))
+        tile_out, tile_lse = _softmax_tiles(part, query, key, value, added_to_scores(part, tiles, chunk))
+        found, rows = chunk.query.unsorted(tile_out.reshape(-1, part.value_dim))
+        out = out.index_copy(0, rows, found)
+        lse = lse.index_copy(0, rows, chunk.query.unsorted(tile_lse.reshape(-1))[0])
     return out, lse
 
 
@@ -104,13 +134,10 @@ def _run(inputs: Inputs, *, differentiable: bool) -> tuple[torch.Tensor, torch.T
     batch, grid = inputs.query.shape[0], inputs.grid
     whole: tuple[torch.Tensor, torch.Tensor] | None = None
     for samples, plan, extra_length in split(inputs, bounded=differentiable):
-        outs, lses = [], []
-        for (_, part), members in zip(parts(inputs, samples, plan, extra_length), plan.groups, strict=True):
-            out, lse = _group(part, members, plan, differentiable=differentiable)
-            outs.append(out.view(part.samples, *plan.grid, part.heads, part.value_dim).to(inputs.query.dtype))
-            lses.append(lse.view(part.samples, *plan.grid, part.heads).to(lse_dtype))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, -2)
-        lse = lses[0] if len(lses) == 1 else torch.cat(lses, -1)
+        groups = parts(inputs, samples, plan, extra_length)
+        out, lse = (_groups_in_one_piece if differentiable else _groups)(groups)
+        shape = (groups[0][0].samples, *plan.grid, inputs.query.shape[-2])
+        out, lse = out.view(*shape, inputs.value.shape[-1]).to(inputs.query.dtype), lse.view(shape)
         if samples is None and plan.grid == grid:
             return out, lse
         if whole is None:
@@ -133,22 +160,49 @@ def _blank(inputs: Inputs, lse_dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     )
 
 
-def _group(
-    part: Part, members: Sequence[MemberPlan], plan: RowPlan, *, differentiable: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_queries = math.prod(plan.grid)
-    result: tuple[torch.Tensor, torch.Tensor] | None = None
-    for number, member in enumerate(members):
-        own = part if number == 0 else dataclasses.replace(part, extra_key=None, extra_value=None)
-        out, lse = _member(own, member, num_queries, differentiable=differentiable)
-        if result is None:
-            result = (out, lse)
-            continue
-        shape = (part.heads, part.value_dim)
-        merged, lse = merge_pair(result[0].unflatten(1, shape), result[1], out.unflatten(1, shape), lse)
-        result = (merged.flatten(1), lse)
-    assert result is not None
-    return result
+def _groups(groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse rows of all head groups, chunk by chunk."""
+    first = _blank_sums(groups[0][0])
+    for part, members in groups:
+        _by_chunks(part, members[0], *first)
+    out, lse = first[0].finished(), first[1].finished()
+    for part, members in groups:
+        for member in members[1:]:
+            own_out, own_lse = _of_group(out, lse, part.heads)
+            further = _blank_sums(part)
+            _by_chunks(part.without_extras(), member, *further)
+            more = _of_group(further[0].finished(), further[1].finished(), part.heads)
+            merged, merged_lse = merge_pair(own_out, own_lse, *more)
+            own_out.copy_(merged)
+            own_lse.copy_(merged_lse)
+    return out, lse
+
+
+def _blank_sums(part: Part) -> tuple[RowSums, RowSums]:
+    rows = part.query.shape[0]
+    dtype = part.query.dtype if can_fuse(part) else part.compute_dtype
+    return (
+        RowSums(part.query, (rows, part.value_dim), dtype, come_once=True),
+        RowSums(part.query, (rows,), part.compute_dtype, come_once=True),
+    )
+
+
+def _of_group(out: torch.Tensor, lse: torch.Tensor, heads: GroupHeads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse rows of some heads, as views `[samples * tokens, heads, ...]`."""
+    return out.view(-1, heads.num_query, out.shape[1])[:, heads.span], lse.view(-1, heads.num_query)[:, heads.span]
+
+
+def _groups_in_one_piece(groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain operations that can be differentiated."""
+    outs, lses = [], []
+    for part, members in groups:
+        out, lse = _of_group(*_in_one_piece(part, members[0]), part.heads)
+        for member in members[1:]:
+            more = _of_group(*_in_one_piece(part.without_extras(), member), part.heads)
+            out, lse = merge_pair(out, lse, *more)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
 def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,103 +1,92 @@
-"""One call as the portable back end sees it: samples of one size, one head group, as rows; and moving rows by tile."""
+"""One call as the portable back end sees it: samples of one size, one head group, as rows; and what its tiles take."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 from vicinal.ops.backend import Inputs
 from vicinal.ops.packing import ordinary_tensors
-from vicinal.ops.tiled.plan import MOST_REMEMBERED_BYTES, Chunk, MemberPlan, RowPlan, TileSet, plan_row
+from vicinal.ops.tiled.plan import MemberPlan, RowPlan, plan_row
+from vicinal.ops.tiled.rows import GroupHeads, group_heads
+from vicinal.ops.tiled.tiles import MOST_REMEMBERED_BYTES, Chunk, TileSet
 
 CHUNK_BYTES = 6 << 20
 """What a chunk's copies and scores may take; about what stays in the caches of a CPU."""
 
+WHOLE_BYTES = 12 << 20
+"""Up to this size a call is one chunk: whole tensors are put back faster than parts of them."""
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(slots=True)  # frozen ones take twice as long to make, at every call
 class Part:
-    """Samples of one size, one head group: contiguous rows `[samples * tokens, heads * dim]` and what they mean."""
+    """Samples of one size, one head group: rows `[samples * tokens * heads, dim]` of all heads, and what they mean."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     samples: int
-    kv_heads: int
-    shared: int
+    heads: GroupHeads
     bias: torch.Tensor | None
     extra_key: torch.Tensor | None
     extra_value: torch.Tensor | None
     scale: float
 
     @property
-    def heads(self) -> int:
-        return self.kv_heads * self.shared
-
-    @property
     def head_dim(self) -> int:
-        return self.query.shape[1] // self.heads
+        return self.query.shape[1]
 
     @property
     def value_dim(self) -> int:
-        return self.value.shape[1] // self.kv_heads
+        return self.value.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return len(self.heads.key)
+
+    @property
+    def shared(self) -> int:
+        return self.heads.shared
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
+    def by_head(self, tiles: torch.Tensor) -> torch.Tensor:
+        """`[items * kv_heads, tokens, dim]` as `[items, kv_heads, tokens, dim]`."""
+        return tiles.view(-1, len(self.heads.key), *tiles.shape[1:])
 
-def as_rows(tensor: torch.Tensor, heads: slice) -> torch.Tensor:
-    """`[samples, *grid, heads, dim]` as rows `[samples * tokens, heads * dim]`, of some heads."""
-    part = tensor if heads.start in (None, 0) and heads.stop in (None, tensor.shape[-2]) else tensor[..., heads, :]
-    return part.reshape(-1, part.shape[-2] * part.shape[-1]).contiguous()
-
-
-def take_queries(rows: torch.Tensor, index: torch.Tensor, part: Part) -> torch.Tensor:
-    """Query-sided rows of some tiles, `[tiles, kv_heads, shared * queries, dim]`."""
-    tiles, queries = index.shape
-    picked = rows.index_select(0, index.reshape(-1))
-    if part.shared == 1:
-        return picked.view(tiles, queries, part.kv_heads, -1).transpose(1, 2)
-    picked = picked.view(tiles, queries, part.kv_heads, part.shared, -1).permute(0, 2, 3, 1, 4)
-    return picked.reshape(tiles, part.kv_heads, part.shared * queries, -1)
+    def without_extras(self) -> Part:
+        """The same without extra tokens, which only the first member of a union reads."""
+        return dataclasses.replace(self, extra_key=None, extra_value=None)
 
 
-def query_rows(tiles: torch.Tensor, part: Part) -> torch.Tensor:
-    """The inverse of `take_queries`: `[tiles * queries, heads * dim]`."""
-    count, _, rows, dim = tiles.shape
-    if part.shared == 1:
-        return tiles.transpose(1, 2).reshape(count * rows, part.heads * dim)
-    queries = rows // part.shared
-    back = tiles.view(count, part.kv_heads, part.shared, queries, dim).permute(0, 3, 1, 2, 4)
-    return back.reshape(count * queries, part.heads * dim)
+Groups: TypeAlias = Sequence[tuple[Part, tuple[MemberPlan, ...]]]
+"""All head groups of some samples, and the union members of each."""
 
 
-def take_keys(rows: torch.Tensor, index: torch.Tensor, part: Part) -> torch.Tensor:
-    """Key-sided rows of some tiles, `[tiles, kv_heads, keys, dim]`."""
-    tiles, keys = index.shape
-    return rows.index_select(0, index.reshape(-1)).view(tiles, keys, part.kv_heads, -1).transpose(1, 2)
-
-
-def key_rows(tiles: torch.Tensor) -> torch.Tensor:
-    """The inverse of `take_keys`: `[tiles * keys, kv_heads * dim]`."""
-    return tiles.transpose(1, 2).reshape(tiles.shape[0] * tiles.shape[2], -1)
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`[samples, *grid, heads, dim]` as rows `[samples * tokens * heads, dim]`."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def chunks(part: Part, tiles: TileSet, *, whole: bool = False) -> Iterable[Chunk]:
     """A set's tiles in pieces that stay in cache, or with `whole` in one piece."""
     if whole:
-        return [tiles.whole(part.samples, part.query.device)]
-    per_tile = part.heads * (
-        tiles.queries * tiles.keys + (tiles.queries + tiles.keys) * (part.head_dim + part.value_dim)
-    )
-    return tiles.chunks(max(1, CHUNK_BYTES // (per_tile * 4)), part.samples, part.query.device)
+        return [tiles.whole(part.samples, part.query.device, part.heads)]
+    scores, tokens = tiles.queries * tiles.keys, tiles.queries + tiles.keys
+    tile_bytes = 4 * part.heads.count * (scores + tokens * (part.head_dim + part.value_dim))
+    is_one = tile_bytes * tiles.num_tiles * part.samples <= WHOLE_BYTES
+    capacity = tiles.num_tiles * part.samples if is_one else max(1, CHUNK_BYTES // tile_bytes)
+    return tiles.chunks(capacity, part.samples, part.query.device, part.heads)
 
 
-def added_to_scores(part: Part, tiles: TileSet, chunk: Chunk) -> torch.Tensor | None:
-    """Mask and bias to add to scores: `[1 or items, 1 or kv_heads, shared * queries, keys (+ extra)]`, or None."""
+def added_to_scores(part: Part, tiles: TileSet, chunk: Chunk, *, unit: float = 1.0) -> torch.Tensor | None:
+    """Mask and bias to add to scores times `unit`, `[1 or items, 1 or kv_heads, shared * queries, keys (+ extra)]`."""
     if part.bias is None and not tiles.needs_mask:
         return None
     extra = 0 if part.extra_key is None else part.extra_key.shape[1]
@@ -109,6 +98,7 @@ def added_to_scores(part: Part, tiles: TileSet, chunk: Chunk) -> torch.Tensor | 
         return mask
     index = remember(chunk, ("bias",), lambda: tiles.bias_index(chunk.shapes).to(part.query.device))
     table = part.bias.flatten(1).to(part.compute_dtype)
+    table = table if unit == 1.0 else table * unit
     bias = table.index_select(1, index.flatten()).view(
         part.kv_heads, part.shared, len(index), tiles.queries, tiles.keys
     )
@@ -142,20 +132,27 @@ def remember(chunk: Chunk, key: tuple[Any, ...], make: Callable[[], torch.Tensor
     return chunk.masks[key]
 
 
-def _extra_tokens(tensor: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """Extra tokens of the chunk's samples for every item, `[items, kv_heads, tokens, dim]`."""
-    own = tensor[chunk.samples].transpose(1, 2)
-    return own[:, None].expand(-1, chunk.tiles, -1, -1, -1).flatten(0, 1)
+def tile_queries(rows: torch.Tensor, part: Part, tiles: TileSet, chunk: Chunk, step: str | None = None) -> torch.Tensor:
+    """Query-sided rows of a chunk's tiles, `[items * kv_heads, shared * queries, dim]`."""
+    return chunk.query.take(rows).view(-1, part.shared * tiles.queries, rows.shape[1])
 
 
-def tile_inputs(part: Part, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of a chunk's items; extra tokens stand after the keys of the grid."""
-    query = take_queries(part.query, chunk.query_index, part)
-    key, value = take_keys(part.key, chunk.key_index, part), take_keys(part.value, chunk.key_index, part)
-    if part.extra_key is not None and part.extra_value is not None:
-        key = torch.cat([key, _extra_tokens(part.extra_key, chunk)], 2)
-        value = torch.cat([value, _extra_tokens(part.extra_value, chunk)], 2)
-    return query, key, value
+def tile_keys(rows: torch.Tensor, extra: torch.Tensor | None, part: Part, tiles: TileSet, chunk: Chunk) -> torch.Tensor:
+    """Key-sided rows of a chunk's tiles, `[items * kv_heads, keys, dim]`, and after those of the grid extra tokens."""
+    own = chunk.key.take(rows).view(-1, tiles.keys, rows.shape[1])
+    if extra is None:
+        return own
+    tokens = extra[chunk.samples, :, list(part.heads.key)].transpose(1, 2)
+    return torch.cat([own, tokens[:, None].expand(-1, chunk.tiles, -1, -1, -1).flatten(0, 2)], 1)
+
+
+def tile_inputs(part: Part, tiles: TileSet, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of a chunk's tiles, `[items * kv_heads, tokens, dim]`."""
+    return (
+        tile_queries(part.query, part, tiles, chunk),
+        tile_keys(part.key, part.extra_key, part, tiles, chunk),
+        tile_keys(part.value, part.extra_value, part, tiles, chunk),
+    )
 
 
 def all_chunks(part: Part, plan: MemberPlan, *, whole: bool = False) -> Iterator[tuple[TileSet, Chunk]]:
@@ -201,53 +198,22 @@ def pick(tensor: torch.Tensor, samples: list[int] | None, grid: tuple[int, ...] 
     return tensor[(slice(None), *(slice(length) for length in grid))]
 
 
-def parts(
-    inputs: Inputs, samples: list[int] | None, plan: RowPlan, extra_length: int | None
-) -> Iterator[tuple[slice, Part]]:
-    """The head groups of some samples, each as rows; with the heads it stands for."""
+def parts(inputs: Inputs, samples: list[int] | None, plan: RowPlan, extra_length: int | None) -> Groups:
+    """The head groups of some samples, as rows."""
     query = pick(inputs.query, samples, plan.grid)
     key, value = pick(inputs.key, samples, plan.key_grid), pick(inputs.value, samples, plan.key_grid)
     extras: list[torch.Tensor | None] = []
     for extra in (inputs.extra_key, inputs.extra_value):
         own = None if extra is None else pick(extra, samples, None)[:, :extra_length]
         extras.append(own if own is not None and own.shape[1] else None)
-    biases = None if inputs.bias is None else inputs.bias.split(list(inputs.layout.bias_sizes))
-    shared = query.shape[-2] // key.shape[-2]
-    begin = 0
-    for number, group in enumerate(inputs.layout.groups):
-        heads = slice(begin, begin + group.heads)
-        begin = heads.stop
-        kv_heads, own_shared = key_heads(heads, shared)
-        bias = None
-        if biases is not None:
-            bias = biases[number].view(group.heads, *(group.bias_shape or ()))
-        yield (
-            heads,
-            Part(
-                query=as_rows(query, heads),
-                key=as_rows(key, kv_heads)
-                if isinstance(kv_heads, slice)
-                else as_rows(key[..., kv_heads, :], slice(None)),
-                value=as_rows(value, kv_heads)
-                if isinstance(kv_heads, slice)
-                else as_rows(value[..., kv_heads, :], slice(None)),
-                samples=query.shape[0],
-                kv_heads=group.heads // own_shared,
-                shared=own_shared,
-                bias=bias,
-                extra_key=None if extras[0] is None else extras[0][:, :, kv_heads],
-                extra_value=None if extras[1] is None else extras[1][:, :, kv_heads],
-                scale=inputs.scale,
-            ),
-        )
-
-
-def key_heads(heads: slice, shared: int) -> tuple[slice | list[int], int]:
-    """The key heads that query heads share, and by how many each; a list where a group splits a shared one.
-
-    >>> key_heads(slice(4, 8), 2), key_heads(slice(1, 4), 2)
-    ((slice(2, 4, None), 2), ([0, 1, 1], 1))
-    """
-    if heads.start % shared == 0 and heads.stop % shared == 0:
-        return slice(heads.start // shared, heads.stop // shared), shared
-    return [head // shared for head in range(heads.start, heads.stop)], 1
+    groups = inputs.layout.groups
+    biases: list[torch.Tensor | None] = [None] * len(groups)
+    if inputs.bias is not None:
+        tables = zip(inputs.bias.split(list(inputs.layout.bias_sizes)), groups, strict=True)
+        biases = [own.view(group.heads, *(group.bias_shape or ())) for own, group in tables]
+    heads = group_heads(tuple(group.heads for group in groups), key.shape[-2])
+    rows = as_rows(query), as_rows(key), as_rows(value)
+    return [
+        (Part(*rows, query.shape[0], own, bias, extras[0], extras[1], inputs.scale), members)
+        for own, bias, members in zip(heads, biases, plan.groups, strict=True)
+    ]
