@@ -4,19 +4,21 @@
 
 Which variants there are follows from the problems: for each the tiles are chosen for the device, the launches are
 recorded on the meta device, and every recorded kernel is compiled as Triton would compile it for those arguments.
+The table is written after every kernel. With `--resume` what it has of the same kernels and the same Triton is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 
 from vicinal.ops.backend import Inputs
 from vicinal.ops.packing import layout_of, pack_tables
-from vicinal.ops.triton import launch
+from vicinal.ops.triton import kernels, launch
 from vicinal.ops.triton.backward import backward
 from vicinal.ops.triton.choose import DEVICES, Device, choices, choose_all
 from vicinal.ops.triton.plan import pack
@@ -174,31 +176,59 @@ def resources(compiled: Any, device: Device) -> dict[str, int]:
     return {"registers": registers, "spilled": stack, "shared": shared}
 
 
-def table(cases: Sequence[Case], dtypes: Sequence[torch.dtype], devices: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel variant of each problem, compiled once for each device."""
-    seen: set[Any] = set()
+Row = dict[str, Any]
+
+
+def table(
+    cases: Sequence[Case], dtypes: Sequence[torch.dtype], devices: Sequence[str], known: Mapping[str, Row] | None = None
+) -> Iterator[Row]:
+    """A row for each kernel variant of each problem, compiled once for each device.
+
+    `known` are rows of an earlier run, by their variants, which are given back as they are.
+    """
+    known = known or {}
+    seen: set[str] = set()
     for name in devices:
-        device = DEVICES[name]
         for case in cases:
             for dtype in dtypes:
-                for kernel, arguments in launches(case, dtype, device):
-                    key = _variant(name, kernel, arguments)
-                    if key in seen:
+                for kernel, arguments in launches(case, dtype, DEVICES[name]):
+                    variant = _variant(name, kernel, arguments)
+                    if variant in seen:
                         continue
-                    seen.add(key)
-                    begin = time.perf_counter()
-                    found = resources(compile_launch(kernel, arguments, device), device)
-                    yield {
+                    seen.add(variant)
+                    about = {
                         "device": name,
                         "case": case.name,
                         "dtype": str(dtype).removeprefix("torch."),
                         "kernel": _kernel_name(kernel, arguments),
-                        "block": [arguments.get("BLOCK_M", 0), arguments.get("BLOCK_N", 0)],
-                        **{option: arguments[option] for option in _OPTIONS if option in arguments},
-                        **found,
-                        "fits": found["shared"] <= device.shared_bytes,
-                        "compile_s": round(time.perf_counter() - begin, 2),
                     }
+                    yield known.get(variant) or {**about, **_compiled(kernel, arguments, name), "variant": variant}
+
+
+def _compiled(kernel: Any, arguments: dict[str, Any], name: str) -> Row:
+    """What a launch comes to once compiled; `compile_s` is processor time, next to nothing where Triton remembers."""
+    begin, device = _processor_seconds(), DEVICES[name]
+    found = resources(compile_launch(kernel, arguments, device), device)
+    return {
+        "block": [arguments.get("BLOCK_M", 0), arguments.get("BLOCK_N", 0)],
+        **{option: arguments[option] for option in _OPTIONS if option in arguments},
+        **found,
+        "fits": found["shared"] <= device.shared_bytes,
+        "compile_s": round(_processor_seconds() - begin, 2),
+    }
+
+
+def _processor_seconds() -> float:
+    """Of this process and of the tools it has called."""
+    return sum(os.times()[:4])
+
+
+def digest() -> str:
+    """The kernels' sources in a few letters."""
+    found = hashlib.sha256()
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
@@ -206,7 +236,8 @@ def _kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
     return kernel.__name__ + ("" if gradient is None else "[gradient]" if gradient else "[forward]")
 
 
-def _variant(name: str, kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
+def _variant(name: str, kernel: Any, arguments: dict[str, Any]) -> str:
+    """What Triton compiles apart, in a few letters."""
     parts: list[tuple[Any, ...]] = []
     special = {parameter.name for parameter in kernel.params if not parameter.do_not_specialize}
     for argument, value in sorted(arguments.items()):
@@ -216,7 +247,7 @@ def _variant(name: str, kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ..
             parts.append((argument, value))
         elif isinstance(value, int):
             parts.append((argument, argument in special and (value == 1, value % 16 == 0), value >= 1 << 31))
-    return (name, kernel.__name__, *parts)
+    return hashlib.sha256(repr((name, kernel.__name__, *parts)).encode()).hexdigest()[:12]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,24 +257,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "float32"])
     parser.add_argument("--cases", nargs="+", default=None, help="names of problems; all by default")
     parser.add_argument("--out", type=Path, default=None, help="where to write the table as JSON")
+    parser.add_argument("--resume", action="store_true", help="keep what that table has of the same kernels")
     chosen = parser.parse_args(arguments)
+    known = _known(chosen.out) if chosen.resume and chosen.out is not None and chosen.out.exists() else {}
     cases = [case for case in CASES if chosen.cases is None or case.name in chosen.cases]
-    rows = []
-    for row in table(cases, [getattr(torch, name) for name in chosen.dtypes], chosen.devices):
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if chosen.out is not None:
-            write(chosen.out, rows)
-    return 0 if all(row["fits"] for row in rows) else 1
+    rows: dict[str, Row] = {}
+    for row in table(cases, [getattr(torch, name) for name in chosen.dtypes], chosen.devices, known):
+        rows[row["variant"]] = row
+        if row["variant"] not in known:
+            print(json.dumps(row), flush=True)
+            if chosen.out is not None:
+                write(chosen.out, [*rows.values(), *(row for variant, row in known.items() if variant not in rows)])
+    return 0 if all(row["fits"] for row in rows.values()) else 1
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The table as JSON, a row a line."""
+def _head() -> Row:
     import triton
 
-    head = {"triton": triton.__version__, "torch": torch.__version__, "ran_on_a_gpu": False}
+    return {"triton": triton.__version__, "torch": torch.__version__, "kernels": digest(), "ran_on_a_gpu": False}
+
+
+def _known(path: Path) -> dict[str, Row]:
+    """The rows of a table by their variants; none where it is of other kernels or another Triton."""
+    found = json.loads(path.read_text())
+    rows: list[Row] = found.pop("rows")
+    return {row["variant"]: row for row in rows} if found == _head() else {}
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """The table as JSON, a row a line."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + lines + "\n]}\n")
+    path.write_text(json.dumps(_head())[:-1] + ', "rows": [\n' + lines + "\n]}\n")
 
 
 if __name__ == "__main__":
