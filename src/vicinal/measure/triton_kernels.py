@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from vicinal.measure import sources
 from vicinal.ops.backend import Inputs
 from vicinal.ops.packing import layout_of, pack_tables
-from vicinal.ops.triton import kernels, launch
+from vicinal.ops.triton import launch
 from vicinal.ops.triton.backward import backward
 from vicinal.ops.triton.choose import DEVICES, Device, choices, choose_all
 from vicinal.ops.triton.plan import pack
@@ -223,14 +224,6 @@ def _processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def digest() -> str:
-    """The kernels' sources in a few letters."""
-    found = hashlib.sha256()
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:12]
-
-
 def _kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
     gradient = arguments.get("IS_GRADIENT")
     return kernel.__name__ + ("" if gradient is None else "[gradient]" if gradient else "[forward]")
@@ -274,7 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _head() -> Row:
     import triton
 
-    return {"triton": triton.__version__, "torch": torch.__version__, "kernels": digest(), "ran_on_a_gpu": False}
+    return {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "kernels": sources.digest("ops/triton/kernels"),
+        "ran_on_a_gpu": False,
+    }
 
 
 def _known(path: Path) -> dict[str, Row]:
