@@ -31,7 +31,7 @@ from vicinal.ops.triton import launch
 from vicinal.ops.triton.backward import backward
 from vicinal.ops.triton.choose import DEVICES, Device, choices, choose_all
 from vicinal.ops.triton.plan import pack
-from vicinal.pattern import Near, Window, bounds, heads, union
+from vicinal.pattern import Full, Near, Same, Window, bounds, heads, union
 from vicinal.pattern.bounds import AnyPattern
 
 _TYPES = {
@@ -85,6 +85,8 @@ CASES = (
     Case("head dim 80", (32, 32), Near(9), 80),
     Case("head dim 96, values 48", (32, 32), Near(9), 96, value_dim=48),
     Case("head dim 256", (32, 32), Near(9), 256),
+    Case("head dim 32, values 256", (32, 32), Near(9), 32, value_dim=256),
+    Case("union on three axes, text", (8, 16, 16), union(Near(3), (Full(), Same(), Same())), 128, extra_tokens=8),
     Case("head dim 256, bias and text", (8, 16, 16), Near(5), 256, has_bias=True, extra_tokens=16),
 )
 """Problems whose variants are compiled: those that are benchmarked, and one of each feature."""
