@@ -16,6 +16,7 @@ from vicinal.ops.triton.launch import (
     Part,
     as_rows,
     earlier_wraps,
+    is_spread,
     power,
     precision,
     start,
@@ -42,7 +43,9 @@ class Given:
     ) -> None:
         from vicinal.ops.triton.kernels.watchers import row_sums_kernel
 
-        self.grad = as_rows(torch.zeros_like(out) if grad_out is None else grad_out, call.rank)
+        grad = as_rows(torch.zeros_like(out) if grad_out is None else grad_out, call.rank)
+        # a gradient may lie anywhere, as part of something much larger, say
+        self.grad = grad if call.is_wide or not is_spread(grad) else grad.contiguous()
         self.lse = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
         self.delta = torch.empty_like(self.lse)
         rows, block = lse.numel(), power(call.value_dim)
