@@ -1,8 +1,9 @@
 """The Triton kernels in Triton's interpreter: the shared table of problems against the oracle, gradients too.
 
 The interpreter runs a kernel's operations one by one in NumPy, so that small problems are quick tests and the others
-slow ones; `triton_table` runs all of them, and goes on where it was interrupted. bfloat16 products are wrong in it; they
+slow ones; `triton_table` runs all of them, and goes on where it was interrupted. bfloat16 products are wrong in it, and
 are tested on a GPU only (tests/gpu).
+"""
 
 from __future__ import annotations
 
