@@ -6,6 +6,7 @@ with the same kernels, torch and GPU are not run again.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from vicinal.measure import sources
 LOG = os.environ.get("VICINAL_GPU_LOG")
 
 
+@functools.cache
 def _place() -> dict[str, str]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"kernels": sources.digest("ops"), "torch": torch.__version__, "gpu": gpu}
