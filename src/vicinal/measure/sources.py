@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import vicinal
+PACKAGE = Path(__file__).parent.parent
 
 
 def digest(folder: str) -> str:
@@ -15,6 +15,6 @@ def digest(folder: str) -> str:
     12
     """
     found = hashlib.sha256()
-    for path in sorted((Path(vicinal.__file__).parent / folder).rglob("*.py")):
+    for path in sorted((PACKAGE / folder).rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()[:12]
