@@ -263,7 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(row), flush=True)
             if chosen.out is not None:
                 write(chosen.out, [*rows.values(), *(row for variant, row in known.items() if variant not in rows)])
+    if chosen.out is not None:  # without what earlier choices of these problems came to
+        names = (chosen.devices, chosen.dtypes, [case.name for case in cases])
+        others = [row for row in known.values() if not _is_of(row, *names)]
+        write(chosen.out, [*rows.values(), *others])
     return 0 if all(row["fits"] for row in rows.values()) else 1
+
+
+def _is_of(row: Row, devices: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]) -> bool:
+    return row["device"] in devices and row["dtype"] in dtypes and row["case"] in cases
 
 
 def _head() -> Row:

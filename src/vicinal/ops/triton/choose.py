@@ -201,7 +201,7 @@ def candidates(
     turned = _transposed(member) if name == "key" else member
     most_outer, most_inner = _most(head_dim, value_dim, dtype, device, name)
     if is_heavy:
-        room = 64 if device.kind == "cuda" else 32
+        room = 64 if device.kind == "cuda" and dtype != torch.float32 else 32
         most_outer, most_inner = min(most_outer, room), min(most_inner, room)
     cuts = [_axis(table, max(most_outer, most_inner)) for table in turned]
     outer, outer_blocks = _boxes([cut.pitch for cut in cuts], most_outer)
@@ -292,8 +292,10 @@ def _modelled(
 def _most(head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, name: str) -> tuple[int, int]:
     """The largest blocks, outer and inner: what accumulators and operands leave room for."""
     width = max(block(head_dim), block(value_dim))
-    if dtype == torch.float32:
+    if dtype == torch.float32:  # products without matrix units: as compiled, larger blocks spill
         most = (64, 64) if width <= 64 else (32, 32) if width <= 128 else (16, 16)
+        if name != "forward":
+            most = (min(most[0], 32), min(most[1], 32))
     elif name == "forward":
         most = (128, 128) if width <= 64 else (128, 64) if width <= 128 else (64, 32)
     elif name == "query":
@@ -326,7 +328,10 @@ def launch_options(
         "query": rows * (2 * columns + width),
         "key": columns * (2 * rows + width + value_width),
     }[name]
-    warps = 1 if held <= 1024 else 2 if held <= 4096 else 4 if held <= 12288 else 8
+    held *= dtype.itemsize // 2
+    warps = 1 if held <= 1024 else 2 if held <= 4096 else 4 if held <= (12288 if name == "key" else 12287) else 8
+    if name == "key" and width + value_width > 256:  # two wide accumulators
+        warps = min(2 * warps, 8)
     loaded = columns if name != "key" else rows
     kept = rows if name != "key" else columns
     stages = 1
