@@ -244,7 +244,7 @@ def cost_of(member: Member, tiles: Tiles, head_dim: int, value_dim: int, name: s
     >>> member = bounds(Window(7), (56, 56)).groups[0].members[0]
     >>> tiles = Tiles(query=(1, 8, 8), phase=(0, 0, 0), key=(1, 8, 8), warps=4, stages=2)
     >>> cost_of(member, tiles, 32, 32, "forward").visited
-    169
+    196
     """
     turned = _transposed(member) if name == "key" else member
     pitches, sizes = (tiles.key, tiles.query) if name == "key" else (tiles.query, tiles.key)
