@@ -16,6 +16,7 @@ from vicinal.measure.gpu_problems import GPU_PROBLEMS, find_gpu
 from vicinal.measure.peers import gpu as peers
 from vicinal.measure.problems import Problem
 from vicinal.measure.task import NotRun, Prepared, Task
+from vicinal.measure.timing import Timing
 from vicinal.pattern import Near, Window, bounds, heads
 
 TINY = Problem("tiny", (Near(3), Near(5)), (8, 16), 2, 16, groups=("small",))
@@ -50,6 +51,9 @@ def test_rows_are_those_that_were_asked_for():
         assert words in text
     assert {"stylenat-256", "stylenat-1024"} <= set(names)
     assert {problem.batch for problem in find_gpu(("maps",))} == {64}
+    first = find_gpu(("first",))
+    assert first == GPU_PROBLEMS[: len(first)]
+    assert {group for problem in first for group in problem.groups} == {"first", "maps", "sequence", "images", "video"}
     with pytest.raises(ValueError, match="'nothing' is neither a group"):
         find_gpu(("nothing",))
 
@@ -130,10 +134,61 @@ def test_the_file_is_there_after_every_row_and_a_run_goes_on_from_it(tmp_path, m
     assert len(other["rows"]) == 1
 
 
-def test_rows_of_another_machine_are_not_kept():
-    before = {"machine": {"gpu": "one", "torch": "2"}, "rows": [{"problem": "tiny"}]}
-    assert gpu._kept(before, {"gpu": "one", "torch": "2"}) == before["rows"]
-    assert gpu._kept(before, {"gpu": "other", "torch": "2"}) == []
+def test_a_run_that_is_out_of_time_begins_no_row_and_says_what_is_left(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    said: list[str] = []
+    path = tmp_path / "gpu.json"
+    settings = gpu.Settings((TINY, HYDRA), backends=("tiled",), dense=(), dense_peers={}, minutes=10, **ON_CPU)
+    monkeypatch.setattr(gpu, "compare", lambda calls, **_: {name: Timing({0: 1.0}) for name in calls})
+    found = gpu.run(settings, path, said.append)
+    assert 0 < len(found["rows"]) < 4
+    assert said[-1] == f"out of time with {4 - len(found['rows'])} rows left: run it again with --resume"
+    again = gpu.run(dataclasses.replace(settings, minutes=None), path, said.append, resume=True)
+    assert len(again["rows"]) == 4
+
+
+def test_a_lost_gpu_ends_the_run_but_not_for_good(tmp_path, monkeypatch):
+    """After an illegal access every later call of the process fails: all rows would have been called failures."""
+    state = {"lost": False}
+
+    def breaks(task):
+        state["lost"] = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "_lost", lambda device: "an illegal memory access" if state["lost"] else None)
+    path = tmp_path / "gpu.json"
+    given = {**ON_CPU, "sparse_peers": {"broken": breaks, "later": breaks}}
+    settings = gpu.Settings((TINY, HYDRA), ("tiled",), dense=(), dense_peers={}, backwards=(False,), **given)
+    with pytest.raises(gpu.GpuLost, match="run it again with --resume for 1 more rows"):
+        gpu.run(settings, path, print)
+    (row,) = json.loads(path.read_text())["rows"]
+    reasons = {entry["name"]: entry["reason"] for entry in row["entries"]}
+    assert reasons["broken"].startswith("failed: RuntimeError: CUDA error")
+    assert reasons["tiled"] == reasons["later"] == "not run: the GPU was lost before"
+    state["lost"] = False
+    after = gpu.run(dataclasses.replace(settings, sparse_peers={}), path, print, resume=True)
+    assert [row["problem"] for row in after["rows"]] == ["tiny", "hydra"]
+
+
+def test_rows_of_another_machine_or_other_kernels_are_not_kept():
+    before = {"machine": {"gpu": "one", "torch": "2"}, "kernels": "abc", "rows": [{"problem": "tiny"}]}
+    assert gpu._kept(before, before) == before["rows"]
+    assert gpu._kept(before, {**before, "machine": {"gpu": "other", "torch": "2"}}) == []
+    assert gpu._kept(before, {**before, "kernels": "abd"}) == []
+
+
+def test_errors_of_any_class_are_the_contenders_own():
+    """Triton's errors are no RuntimeErrors; one ended the run once."""
+
+    class OutOfResources(Exception):
+        pass
+
+    def breaks(task):
+        raise OutOfResources("shared memory")
+
+    task = Task(TINY, torch.float32)
+    assert gpu._ready(task, Gate(task), breaks, gpu.OURS, 0) == (None, "failed: OutOfResources: shared memory")
 
 
 def test_wrong_and_broken_answers_get_no_time_and_cost_nobody_else_theirs(monkeypatch):
@@ -176,6 +231,12 @@ def test_without_a_gpu_the_command_says_so_in_one_sentence(capsys, monkeypatch):
     assert printed.out == ""
     sentence = "this benchmark needs a GPU that torch can use (CUDA or ROCm), and there is none here"
     assert printed.err == f"python -m vicinal.measure: {sentence}\n"
+
+
+def test_peers_that_there_are_not_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert command.main(["gpu", "maps", "--peers", "flex_rows", "bogus"]) == 2
+    assert "--peers: 'bogus' is none of flex_rows, flex_tiles" in capsys.readouterr().err
 
 
 def test_tensors_in_tile_order_and_their_gradients_come_back_as_they_were():

@@ -1,13 +1,12 @@
 """The Triton kernels in Triton's interpreter: the shared table of problems against the oracle, gradients too.
 
-The interpreter runs a kernel's operations one by one in NumPy, so that small problems come first and the others are
-slow tests. bfloat16 products are wrong in it; they are tested on a GPU only (tests/gpu).
+The interpreter runs a kernel's operations one by one in NumPy, so that small problems are quick tests and the others
+slow ones; `triton_table` runs all of them, and goes on where it was interrupted. bfloat16 products are wrong in it, and
+are tested on a GPU only (tests/gpu).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import subprocess
 import sys
@@ -25,8 +24,10 @@ from vicinal.ops.triton.plan import Tiles
 from vicinal.pattern import Full, Near, Window, bounds, heads, union
 
 from .layouts import LAYOUTS
-from .problems import HYDRA, MIXED, PROBLEMS, SAMPLE, Problem, near
+from .problems import HYDRA, MIXED, PROBLEMS, Problem, near
+from .test_agreement import short
 from .tolerance import assert_agrees, judge, run
+from .triton_table import on_cpu, rows
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.7.1 for its interpreter")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -45,43 +46,30 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         api._KNOWN.clear()
         resolve._choose.cache_clear()
 
-    triton = backends.find("triton")
-    capability = dataclasses.replace(triton.capability, devices=("cpu", "cuda"))
-    monkeypatch.setitem(backends._BACKENDS, "triton", dataclasses.replace(triton, capability=capability))
+    monkeypatch.setitem(backends._BACKENDS, "triton", on_cpu(backends.find("triton")))
     forget()
     yield
     forget()
 
 
 def is_small(problem: Problem) -> bool:
-    return problem.batch * problem.heads * math.prod(problem.grid) <= MOST_ROWS
+    return rows(problem) <= MOST_ROWS
 
 
-def graded(problems: tuple[Problem, ...]) -> list[Any]:
-    return [
-        pytest.param(problem, id=str(problem), marks=() if is_small(problem) else pytest.mark.slow)
-        for problem in problems
-    ]
-
-
-@pytest.mark.parametrize("problem", graded(PROBLEMS))
-def test_kernels_agree_with_the_oracle(problem: Problem) -> None:
-    assert_agrees(run(problem, torch.float32, "triton"), judge(problem, torch.float32))
-
-
-HALVES = (
-    *(dataclasses.replace(problem, head_dim=16) for problem in PROBLEMS if is_small(problem) and problem.has_bias),
-    *SAMPLE,
-)
-QUICK_HALVES = HALVES[::6]
+SMALL = [problem for problem in PROBLEMS if is_small(problem)]
+QUICK = {torch.float32: SMALL, torch.float16: SMALL[::5]}
 
 
 @pytest.mark.parametrize(
-    "problem",
-    [pytest.param(p, id=str(p), marks=() if p in QUICK_HALVES else pytest.mark.slow) for p in HALVES],
+    ("problem", "dtype"),
+    [
+        pytest.param(problem, dtype, id=f"{short(dtype)}-{problem}", marks=() if problem in quick else pytest.mark.slow)
+        for dtype, quick in QUICK.items()
+        for problem in PROBLEMS
+    ],
 )
-def test_kernels_agree_with_the_oracle_in_float16(problem: Problem) -> None:
-    assert_agrees(run(problem, torch.float16, "triton"), judge(problem, torch.float16))
+def test_kernels_agree_with_the_oracle(problem: Problem, dtype: torch.dtype) -> None:
+    assert_agrees(run(problem, dtype, "triton"), judge(problem, dtype))
 
 
 AWKWARD = (

@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from vicinal.measure.triton_kernels import CASES, launches
+from vicinal.ops.backend import Inputs
+from vicinal.ops.packing import layout_of, pack_tables
+from vicinal.ops.triton import launch
+from vicinal.ops.triton.backward import backward
 from vicinal.ops.triton.choose import DEVICES
+from vicinal.pattern import Near, bounds
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.7.1 to compile without a GPU")
 
@@ -60,3 +65,18 @@ def test_every_case_launches_what_it_needs(case: Any) -> None:
     assert found.count("query_pass") == 2 * found.count("key_pass")
     assert ("bias_pass" in found) == case.has_bias
     assert ("extra_pass" in found) == (case.extra_tokens > 0)
+
+
+def test_gradient_spread_over_more_than_two_gigabytes_is_copied() -> None:
+    # 32-bit offsets were computed from its strides: those of a part of a tensor far larger than the inputs
+    table = bounds(Near(3), (64,))
+    layout = layout_of(table, 2)
+    query = torch.empty(1, 64, 2, 16, device="meta")
+    tables = torch.empty(1, pack_tables(table).shape[1], dtype=torch.int32, device="meta")
+    inputs = Inputs(query, query, query, tables, None, None, None, None, layout, 1.0)
+    out, lse = launch.forward(inputs)
+    grad = torch.empty_strided(out.shape, (1 << 33, 1 << 26, 16, 1), device="meta")
+    backward(inputs, out, lse, grad, None, [True] * 6)
+    steps = {arguments["s_grad"] for _, arguments in launch.RECORDS if arguments.get("p_delta") is not None}
+    launch.RECORDS.clear()
+    assert steps == {32}

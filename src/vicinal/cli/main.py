@@ -96,6 +96,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     _add_explain(commands)
     _add_simulate(commands)
+    _add_tune(commands)
     _add_show(commands)
     _add_tour(commands)
     _add_weights(commands)
@@ -175,6 +176,26 @@ def _add_simulate(commands: Any) -> None:
     parser.add_argument(
         "--search", action="store_true", help="also find the best strides and tiles (of as many tokens) for the window"
     )
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
+
+
+def _add_tune(commands: Any) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from vicinal.cli import tune
+
+        tune.run(options)
+
+    summary = "a short search for faster tiles of the GPU kernels for one kind of call; the answer is kept on disk"
+    parser = _add(commands, "tune", summary, run, PATTERN_HELP)
+    parser.add_argument("--grid", type=int, nargs="+", required=True, metavar="N", help="of the tokens, 1 to 3 axes")
+    parser.add_argument("--pattern", required=True, help="a pattern without heads and union, see below")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="to measure with; 8 by default")
+    parser.add_argument("--heads", type=int, default=8, metavar="H", help="to measure with; 8 by default")
+    parser.add_argument("--head-dim", type=int, default=32, metavar="D")
+    parser.add_argument("--bias", action="store_true", help="with a relative position bias")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--most", type=int, default=12, metavar="N", help="boxes to try for each pass; 12 by default")
+    parser.add_argument("--seconds", type=float, default=2.0, help="to measure each pass, compiling apart")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON and nothing else")
 
 

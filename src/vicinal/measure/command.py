@@ -13,6 +13,7 @@ import torch
 from vicinal.measure import bench, gpu, growth, readme
 from vicinal.measure.gpu_problems import find_gpu
 from vicinal.measure.peers import PEERS
+from vicinal.measure.peers.gpu import SPARSE
 from vicinal.measure.problems import find
 from vicinal.measure.progress import Lines, shown
 from vicinal.measure.report import Report, markdown, not_timed, table, wrong
@@ -70,7 +71,7 @@ class GpuOptions:
     """Measure our back ends on a GPU against dense kernels, FlexAttention and others' sparse kernels."""
 
     problems: tuple[str, ...] = ("all",)
-    """Groups (maps, sequence, images, video, all) or problems."""
+    """Groups (first, maps, sequence, images, video, all) or problems."""
     backends: tuple[str, ...] = ("triton", "flex")
     """Our back ends; those that this version lacks are left out."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -79,8 +80,12 @@ class GpuOptions:
     """Forward alone, or with the backward."""
     seconds: float = 2.0
     """Time that one row's timing may take; preparing, compiling and checking come on top."""
+    peers: tuple[str, ...] = tuple(SPARSE)
+    """Others' sparse kernels to measure against; "none" for nothing. Dense kernels always run."""
+    minutes: float | None = None
+    """Begin no row that would probably end later than this; without it all rows are measured."""
     resume: bool = False
-    """Keep the rows that the JSON has from this GPU and this torch, and measure the others."""
+    """Keep the rows that the JSON has from this GPU, this torch and these kernels, and measure the others."""
     output: pathlib.Path = RESULTS / "gpu.json"
     """The JSON."""
 
@@ -108,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         if given[:1] == ["gpu"]:
             return _gpu(tyro.cli(GpuOptions, args=_named(given[1:]), prog="python -m vicinal.measure gpu"))
         return measure(tyro.cli(Options, args=_named(given), prog="python -m vicinal.measure"))
-    except (ValueError, FileNotFoundError, gpu.NoGpu) as error:
+    except (ValueError, FileNotFoundError, gpu.NoGpu, gpu.GpuLost) as error:
         print(f"python -m vicinal.measure: {error}", file=sys.stderr)
         return 2
 
@@ -203,13 +208,19 @@ def _growth(options: GrowthOptions) -> int:
 def _gpu(options: GpuOptions) -> int:
     gpu.check_device("cuda")
     backends = gpu.available(options.backends)
+    peers = () if options.peers == ("none",) else options.peers
+    for name in peers:
+        if name not in SPARSE:
+            raise ValueError(f"--peers: {name!r} is none of {', '.join(SPARSE)}")
     settings = gpu.Settings(
         problems=find_gpu(options.problems),
         backends=backends,
         dense=tuple(name for name in backends if name == "triton"),
+        sparse_peers={name: SPARSE[name] for name in peers},
         dtype=getattr(torch, options.dtype),
         backwards=tuple(name == "forward+backward" for name in options.directions),
         seconds=options.seconds,
+        minutes=options.minutes,
     )
     with Lines() as lines:
         found = gpu.run(settings, options.output, lines.say, resume=options.resume)

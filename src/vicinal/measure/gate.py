@@ -18,6 +18,7 @@ import torch
 from vicinal.measure.task import Task, Tensors
 from vicinal.pattern import bounds
 from vicinal.pattern.bounds import Member
+from vicinal.pattern.table import AxisTable
 
 MOST_SCORES = 1 << 23
 """Scores the oracle writes out at most (more only where a single key is seen by more queries)."""
@@ -162,15 +163,28 @@ def _seen(member: Member, queries: np.ndarray | None, keys: np.ndarray | None) -
     grid = tuple(len(table) for table in member)
     key_grid = tuple(table.length for table in member)
     query_places = np.unravel_index(np.arange(math.prod(grid)) if queries is None else queries, grid)
-    key_places = np.unravel_index(np.arange(math.prod(key_grid)) if keys is None else keys, key_grid)
-    whole = np.ones((len(query_places[0]), len(key_places[0])), dtype=np.bool_)
-    for table, query_place, key_place in zip(member, query_places, key_places, strict=True):
-        distance = key_place - table.start[query_place, None]
-        if table.wraps:
-            distance %= table.length
-        near = (distance >= 0) & (distance < table.step * table.count[query_place, None])
-        whole &= near if table.step == 1 else near & (distance % table.step == 0)
+    number = len(query_places[0])
+    if keys is None:  # all of them are a box, so that each axis is looked at once and not for every key
+        whole = np.ones((number, *(1,) * len(member)), dtype=np.bool_)
+        for axis, (table, query_place) in enumerate(zip(member, query_places, strict=True)):
+            near = _near(table, query_place, np.arange(table.length)[None])
+            whole = whole & near.reshape(
+                number, *(table.length if axis == other else 1 for other in range(len(member)))
+            )
+        return whole.reshape(number, -1)
+    whole = np.ones((number, len(keys)), dtype=np.bool_)
+    for table, query_place, key_place in zip(member, query_places, np.unravel_index(keys, key_grid), strict=True):
+        whole &= _near(table, query_place, key_place)
     return whole
+
+
+def _near(table: AxisTable, query_place: np.ndarray, key_place: np.ndarray) -> np.ndarray:
+    """Which queries see which keys along an axis: bool `[queries, keys]`."""
+    distance = key_place - table.start[query_place, None]
+    if table.wraps:
+        distance %= table.length
+    near = (distance >= 0) & (distance < table.step * table.count[query_place, None])
+    return near if table.step == 1 else near & (distance % table.step == 0)
 
 
 def _dense(task: Task, sample: _Sample, dtype: torch.dtype) -> Tensors:

@@ -8,12 +8,13 @@ import gc
 import json
 import math
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from vicinal.measure import machine, report
+from vicinal.measure import machine, report, sources
 from vicinal.measure.bench import Checked, checked_candidates, contenders, fastest
 from vicinal.measure.gate import Gate
 from vicinal.measure.peers.gpu import DENSE, SPARSE, Maker, dense_of
@@ -35,9 +36,16 @@ class NoGpu(RuntimeError):
     """There is no GPU that torch can use; the message says so."""
 
 
+class GpuLost(RuntimeError):
+    """A kernel went wrong so badly that this process can do nothing more on the GPU."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure. `backends` are ours; each whose name is in `dense` also runs dense attention."""
+    """What to measure. `backends` are ours; each whose name is in `dense` also runs dense attention.
+
+    With `minutes` no row is begun that would end later, if it took as long as the longest one before it.
+    """
 
     problems: tuple[Problem, ...]
     backends: tuple[str, ...] = ("triton", "flex")
@@ -48,6 +56,7 @@ class Settings:
     backwards: tuple[bool, ...] = (False, True)
     seconds: float = 2.0
     device: str = "cuda"
+    minutes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,37 +152,86 @@ def run(
 ) -> dict[str, Any]:
     """Measure everything in `settings`; with a `path`, what is known is written there after every row.
 
-    With `resume`, rows that the file at `path` has from the same GPU and torch are kept and not measured again.
+    With `resume`, rows that the file at `path` has of the same GPU, torch and kernels are kept, not measured again.
     """
     check_device(settings.device)
+    limit = _Limit(settings.minutes)
     found: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(settings.device),
+        "kernels": sources.digest("ops/triton"),
         "settings": _plain(settings),
         "peaks": machine.peaks([settings.dtype], settings.device),
         "rows": [],
     }
     if resume and path is not None and path.exists():
-        found["rows"] = _kept(json.loads(path.read_text()), found["machine"])
+        found["rows"] = _kept(json.loads(path.read_text()), found)
     done = {(row["problem"], row["dtype"], row["direction"]) for row in found["rows"]}
     dtype = str(settings.dtype).removeprefix("torch.")
-    for problem in settings.problems:
-        directions = [_direction(backward) for backward in settings.backwards]
-        if all((problem.name, dtype, direction) in done for direction in directions):
+    wanted = {
+        problem: [
+            backward for backward in settings.backwards if (problem.name, dtype, _direction(backward)) not in done
+        ]
+        for problem in settings.problems
+    }
+    left = sum(map(len, wanted.values()))
+    for problem, backwards in wanted.items():
+        if not backwards or not limit.allows():
             continue
-        task = Task(problem, settings.dtype, backward=any(settings.backwards), device=settings.device)
+        task = Task(problem, settings.dtype, backward=any(backwards), device=settings.device)
         gate = Gate(task)
-        for backward, direction in zip(settings.backwards, directions, strict=True):
-            if (problem.name, dtype, direction) in done:
-                continue
+        for backward in backwards:
+            if not limit.allows():
+                break
             row = measure(task if backward else task.forward_only(), gate, settings, say)
             found["rows"].append(json.loads(json.dumps(dataclasses.asdict(row))))
             if path is not None:
                 report.write(found, path)
             say(summary(row))
+            limit.note()
+            left -= 1
+            lost = _lost(settings.device)
+            if lost:
+                raise GpuLost(
+                    f"the GPU is lost to this process ({lost}): run it again with --resume for {left} more rows"
+                )
         del task, gate
         _release(settings.device)
+    if left:
+        say(f"out of time with {left} rows left: run it again with --resume")
     return found
+
+
+class _Limit:
+    """The time that a run may take, and the longest row so far."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.last, self.longest = time.monotonic(), 0.0
+
+    def allows(self) -> bool:
+        """Whether a row as long as the longest would end in time."""
+        return time.monotonic() + self.longest < self.end
+
+    def note(self) -> None:
+        """A row has ended."""
+        now = time.monotonic()
+        self.longest, self.last = max(self.longest, now - self.last), now
+
+
+def _lost(device: str) -> str | None:
+    """What a kernel did to the GPU, where this process can no longer use it."""
+    if torch.device(device).type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _direction(backward: bool) -> str:
@@ -181,9 +239,9 @@ def _direction(backward: bool) -> str:
 
 
 def _kept(before: dict[str, Any], here: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run on the same GPU with the same torch."""
-    same = all(before["machine"].get(name) == here.get(name) for name in ("gpu", "torch"))
-    return list(before["rows"]) if same else []
+    """The rows of an earlier run on the same GPU with the same torch and the same kernels of ours."""
+    same = all(before["machine"].get(name) == here["machine"].get(name) for name in ("gpu", "torch"))
+    return list(before["rows"]) if same and before.get("kernels") == here["kernels"] else []
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
@@ -206,12 +264,18 @@ def measure(task: Task, gate: Gate, settings: Settings, say: Callable[[str], Non
     turned_away: dict[str, Entry] = {}
     ready: dict[str, Checked] = {}
     roles: dict[str, str] = {}
-    for name, role, make in _everyone(settings):
+    everyone = _everyone(settings)
+    for name, role, make in everyone:
         say(f"  {problem.name} {task.direction}: {name}")
         roles[name] = role
         found, reason = _ready(task, gate, make, role, dense_flops)
         if found is None:
             turned_away[name] = Entry(name, role, reason=reason)
+            if reason.startswith("failed") and _lost(settings.device):
+                left_over = "not run: the GPU was lost before"
+                turned_away = {other: Entry(other, kind, reason=left_over) for other, kind, _ in everyone} | turned_away
+                ready = {}
+                break
         else:
             ready[name] = found
         _release(settings.device)
@@ -245,9 +309,8 @@ def _ready(task: Task, gate: Gate, make: Maker, role: str, dense_flops: int) -> 
         found, reason = checked_candidates(task, gate, make)
     except NotRun as refusal:
         return None, f"not run: {refusal}"
-    # a kernel that fails on one problem must not cost the figures of the others
-    except (RuntimeError, NotImplementedError, ImportError, AssertionError, TypeError, ValueError) as error:
-        return None, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    except Exception as error:  # noqa: BLE001 - Triton's own errors have no common base; one failure must not end the run
+        return None, f"failed: {type(error).__name__}: {_first_line(error)}"
     if reason or not found:
         return None, f"wrong: {reason}"
     return fastest(task, found, 0.5), ""

@@ -4,31 +4,34 @@
 
 Which variants there are follows from the problems: for each the tiles are chosen for the device, the launches are
 recorded on the meta device, and every recorded kernel is compiled as Triton would compile it for those arguments.
+The table is written after every kernel. With `--resume` what it has of the same kernels and the same Triton is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vicinal.measure import sources
 from vicinal.ops.backend import Inputs
 from vicinal.ops.packing import layout_of, pack_tables
 from vicinal.ops.triton import launch
 from vicinal.ops.triton.backward import backward
 from vicinal.ops.triton.choose import DEVICES, Device, choices, choose_all
 from vicinal.ops.triton.plan import pack
-from vicinal.pattern import Near, Window, bounds, heads, union
+from vicinal.pattern import Full, Near, Same, Window, bounds, heads, union
 from vicinal.pattern.bounds import AnyPattern
 
 _TYPES = {
@@ -82,6 +85,8 @@ CASES = (
     Case("head dim 80", (32, 32), Near(9), 80),
     Case("head dim 96, values 48", (32, 32), Near(9), 96, value_dim=48),
     Case("head dim 256", (32, 32), Near(9), 256),
+    Case("head dim 32, values 256", (32, 32), Near(9), 32, value_dim=256),
+    Case("union on three axes, text", (8, 16, 16), union(Near(3), (Full(), Same(), Same())), 128, extra_tokens=8),
     Case("head dim 256, bias and text", (8, 16, 16), Near(5), 256, has_bias=True, extra_tokens=16),
 )
 """Problems whose variants are compiled: those that are benchmarked, and one of each feature."""
@@ -174,31 +179,51 @@ def resources(compiled: Any, device: Device) -> dict[str, int]:
     return {"registers": registers, "spilled": stack, "shared": shared}
 
 
-def table(cases: Sequence[Case], dtypes: Sequence[torch.dtype], devices: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel variant of each problem, compiled once for each device."""
-    seen: set[Any] = set()
+Row = dict[str, Any]
+
+
+def table(
+    cases: Sequence[Case], dtypes: Sequence[torch.dtype], devices: Sequence[str], known: Mapping[str, Row] | None = None
+) -> Iterator[Row]:
+    """A row for each kernel variant of each problem, compiled once for each device.
+
+    `known` are rows of an earlier run, by their variants, which are given back as they are.
+    """
+    known = known or {}
+    seen: set[str] = set()
     for name in devices:
-        device = DEVICES[name]
         for case in cases:
             for dtype in dtypes:
-                for kernel, arguments in launches(case, dtype, device):
-                    key = _variant(name, kernel, arguments)
-                    if key in seen:
+                for kernel, arguments in launches(case, dtype, DEVICES[name]):
+                    variant = _variant(name, kernel, arguments)
+                    if variant in seen:
                         continue
-                    seen.add(key)
-                    begin = time.perf_counter()
-                    found = resources(compile_launch(kernel, arguments, device), device)
-                    yield {
+                    seen.add(variant)
+                    about = {
                         "device": name,
                         "case": case.name,
                         "dtype": str(dtype).removeprefix("torch."),
                         "kernel": _kernel_name(kernel, arguments),
-                        "block": [arguments.get("BLOCK_M", 0), arguments.get("BLOCK_N", 0)],
-                        **{option: arguments[option] for option in _OPTIONS if option in arguments},
-                        **found,
-                        "fits": found["shared"] <= device.shared_bytes,
-                        "compile_s": round(time.perf_counter() - begin, 2),
                     }
+                    yield known.get(variant) or {**about, **_compiled(kernel, arguments, name), "variant": variant}
+
+
+def _compiled(kernel: Any, arguments: dict[str, Any], name: str) -> Row:
+    """What a launch comes to once compiled; `compile_s` is processor time, next to nothing where Triton remembers."""
+    begin, device = _processor_seconds(), DEVICES[name]
+    found = resources(compile_launch(kernel, arguments, device), device)
+    return {
+        "block": [arguments.get("BLOCK_M", 0), arguments.get("BLOCK_N", 0)],
+        **{option: arguments[option] for option in _OPTIONS if option in arguments},
+        **found,
+        "fits": found["shared"] <= device.shared_bytes,
+        "compile_s": round(_processor_seconds() - begin, 2),
+    }
+
+
+def _processor_seconds() -> float:
+    """Of this process and of the tools it has called."""
+    return sum(os.times()[:4])
 
 
 def _kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
@@ -206,7 +231,8 @@ def _kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
     return kernel.__name__ + ("" if gradient is None else "[gradient]" if gradient else "[forward]")
 
 
-def _variant(name: str, kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
+def _variant(name: str, kernel: Any, arguments: dict[str, Any]) -> str:
+    """What Triton compiles apart, in a few letters."""
     parts: list[tuple[Any, ...]] = []
     special = {parameter.name for parameter in kernel.params if not parameter.do_not_specialize}
     for argument, value in sorted(arguments.items()):
@@ -216,7 +242,7 @@ def _variant(name: str, kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ..
             parts.append((argument, value))
         elif isinstance(value, int):
             parts.append((argument, argument in special and (value == 1, value % 16 == 0), value >= 1 << 31))
-    return (name, kernel.__name__, *parts)
+    return hashlib.sha256(repr((name, kernel.__name__, *parts)).encode()).hexdigest()[:12]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,24 +252,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "float32"])
     parser.add_argument("--cases", nargs="+", default=None, help="names of problems; all by default")
     parser.add_argument("--out", type=Path, default=None, help="where to write the table as JSON")
+    parser.add_argument("--resume", action="store_true", help="keep what that table has of the same kernels")
     chosen = parser.parse_args(arguments)
+    known = _known(chosen.out) if chosen.resume and chosen.out is not None and chosen.out.exists() else {}
     cases = [case for case in CASES if chosen.cases is None or case.name in chosen.cases]
-    rows = []
-    for row in table(cases, [getattr(torch, name) for name in chosen.dtypes], chosen.devices):
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if chosen.out is not None:
-            write(chosen.out, rows)
-    return 0 if all(row["fits"] for row in rows) else 1
+    rows: dict[str, Row] = {}
+    for row in table(cases, [getattr(torch, name) for name in chosen.dtypes], chosen.devices, known):
+        rows[row["variant"]] = row
+        if row["variant"] not in known:
+            print(json.dumps(row), flush=True)
+            if chosen.out is not None:
+                write(chosen.out, [*rows.values(), *(row for variant, row in known.items() if variant not in rows)])
+    if chosen.out is not None:  # without what earlier choices of these problems came to
+        names = (chosen.devices, chosen.dtypes, [case.name for case in cases])
+        others = [row for row in known.values() if not _is_of(row, *names)]
+        write(chosen.out, [*rows.values(), *others])
+    return 0 if all(row["fits"] for row in rows.values()) else 1
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The table as JSON, a row a line."""
+def _is_of(row: Row, devices: Sequence[str], dtypes: Sequence[str], cases: Sequence[str]) -> bool:
+    return row["device"] in devices and row["dtype"] in dtypes and row["case"] in cases
+
+
+def _head() -> Row:
     import triton
 
-    head = {"triton": triton.__version__, "torch": torch.__version__, "ran_on_a_gpu": False}
+    return {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "kernels": sources.digest("ops/triton/kernels"),
+        "ran_on_a_gpu": False,
+    }
+
+
+def _known(path: Path) -> dict[str, Row]:
+    """The rows of a table by their variants; none where it is of other kernels or another Triton."""
+    found = json.loads(path.read_text())
+    rows: list[Row] = found.pop("rows")
+    return {row["variant"]: row for row in rows} if found == _head() else {}
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """The table as JSON, a row a line."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + lines + "\n]}\n")
+    path.write_text(json.dumps(_head())[:-1] + ', "rows": [\n' + lines + "\n]}\n")
 
 
 if __name__ == "__main__":

@@ -64,18 +64,31 @@ def _plan(problem: Problem, bounds: Any) -> tuple[int, ...]:
     if bounds is None:
         return ()
     from vicinal.ops.triton.choose import choices
-    from vicinal.ops.triton.override import with_forced
     from vicinal.ops.triton.plan import pack
 
-    costs = _costs(problem, bounds)
-    return pack([with_forced(choice) for choice in choices(costs)])
+    return pack(choices(_costs(problem, bounds)))
 
 
 def _costs(problem: Problem, bounds: Any) -> Any:
-    from vicinal.ops.triton.choose import choose_all, this_device
+    """For each member the tiles of each pass: forced ones, else measured ones, else those that the model chooses."""
+    from vicinal.ops.triton import choose, override, tuned
+    from vicinal.ops.triton.plan import PASSES
 
-    sizes = (problem.head_dim, problem.value_dim, problem.dtype)
-    return choose_all(bounds, *sizes, this_device(), has_bias=problem.has_bias)
+    sizes = (problem.head_dim, problem.value_dim)
+    costs = choose.choose_all(bounds, *sizes, problem.dtype, choose.this_device(), has_bias=problem.has_bias)
+    gpu = choose.this_gpu()
+    parts = [(member, number > 0) for group in bounds.groups for number, member in enumerate(group.members)]
+    for place, (member, is_later) in enumerate(parts):
+        own = list(costs[place])
+        for at, name in enumerate(PASSES):
+            other = override.forced_tiles(name)
+            if other is None and gpu is not None:
+                heavy = is_later or problem.has_bias
+                other = tuned.find(tuned.key_of(member, *sizes, problem.dtype, name, is_heavy=heavy, gpu=gpu))
+            if other is not None:
+                own[at] = choose.cost_of(member, other, *sizes, name)
+        costs[place] = (own[0], own[1], own[2])
+    return costs
 
 
 def _describe(problem: Problem, bounds: Any, layout: Layout) -> dict[str, Any]:

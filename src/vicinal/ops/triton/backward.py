@@ -16,6 +16,7 @@ from vicinal.ops.triton.launch import (
     Part,
     as_rows,
     earlier_wraps,
+    is_spread,
     power,
     precision,
     start,
@@ -42,7 +43,9 @@ class Given:
     ) -> None:
         from vicinal.ops.triton.kernels.watchers import row_sums_kernel
 
-        self.grad = as_rows(torch.zeros_like(out) if grad_out is None else grad_out, call.rank)
+        grad = as_rows(torch.zeros_like(out) if grad_out is None else grad_out, call.rank)
+        # a gradient may lie anywhere, as part of something much larger, say
+        self.grad = grad if call.is_wide or not is_spread(grad) else grad.contiguous()
         self.lse = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
         self.delta = torch.empty_like(self.lse)
         rows, block = lse.numel(), power(call.value_dim)
@@ -291,8 +294,9 @@ def extra_gradients(call: Call, given: Given) -> tuple[torch.Tensor | None, torc
     if call.extra_key is None:  # there are none
         return torch.zeros_like(extra_key), torch.zeros_like(extra_value)
     tokens = extra_key.shape[1]
-    columns = 32 if max(call.head_dim, call.value_dim) > 128 else 64
-    block = min(columns, power(tokens))
+    width = power(max(call.head_dim, call.value_dim))
+    is_wide = call.query.dtype == torch.float32  # as compiled, larger blocks spill, in float32 sooner
+    block = min(32 if width > 128 or is_wide else 64, 16 if is_wide and width > 64 else 64, power(tokens))
     blocks = -(-tokens // block)
     splits = _splits(call.tokens, blocks * call.samples * call.kv_heads)
     grad_key = torch.empty((splits, *extra_key.shape), dtype=torch.float32, device=extra_key.device)
@@ -311,7 +315,7 @@ def extra_gradients(call: Call, given: Given) -> tuple[torch.Tensor | None, torc
         splits=splits,
         samples=call.samples,
         kv_heads=call.kv_heads,
-        BLOCK_M=32,
+        BLOCK_M=16 if is_wide and width > 64 else 32,
         BLOCK_N=block,
         HAS_LENGTHS=call.extra_lengths is not None,
         HAS_ROWS=call.has_rows,

@@ -49,16 +49,22 @@ class Device:
 
 DEVICES = {
     "sm80": Device("cuda", 80, 166_912),
+    "sm89": Device("cuda", 89, 101_376),
     "sm90": Device("cuda", 90, 232_448),
     "sm100": Device("cuda", 100, 232_448),
     "gfx942": Device("hip", 942, 65_536),
 }
-"""The devices that kernels are compiled for in tests."""
+"""The devices that kernels are compiled for in tests; sm89 stands for all with little shared memory."""
 
 
 def this_device() -> Device:
     """The device that this process uses; an ordinary one where it uses none, as with fake tensors."""
     return _device(torch.cuda.current_device()) if torch.cuda.is_initialized() else DEVICES["sm80"]
+
+
+def this_gpu() -> str | None:
+    """The name of the GPU that this process uses, if any; measured tiles are for one kind of GPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
 
 
 @functools.cache
@@ -177,10 +183,25 @@ def choose(
     >>> found.tiles.query, found.visited
     ((1, 7, 7), 64)
     """
+    return candidates(member, head_dim, value_dim, dtype, device, name, is_heavy=is_heavy)[0]
+
+
+def candidates(
+    member: Member,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: Device,
+    name: str,
+    *,
+    is_heavy: bool = False,
+    most: int = 1,
+) -> list[Cost]:
+    """The choices of the least modelled cost, the least first."""
     turned = _transposed(member) if name == "key" else member
     most_outer, most_inner = _most(head_dim, value_dim, dtype, device, name)
     if is_heavy:
-        room = 64 if device.kind == "cuda" else 32
+        room = 64 if device.kind == "cuda" and dtype != torch.float32 else 32
         most_outer, most_inner = min(most_outer, room), min(most_inner, room)
     cuts = [_axis(table, max(most_outer, most_inner)) for table in turned]
     outer, outer_blocks = _boxes([cut.pitch for cut in cuts], most_outer)
@@ -197,21 +218,48 @@ def choose(
     blocks = (outer_blocks[:, None], inner_blocks[None])
     dims = (head_dim, value_dim)
     modelled = _modelled(programs[:, None], visited, partial, blocks, dims, name, len(member))
-    best_outer, best_inner = np.unravel_index(int(modelled.argmin()), modelled.shape)
-    pitch = [int(cut.pitch[at]) for cut, at in zip(cuts, outer[best_outer], strict=True)]
-    phase = [int(cut.phase[at]) for cut, at in zip(cuts, outer[best_outer], strict=True)]
-    size = [int(cut.size[at]) for cut, at in zip(cuts, inner[best_inner], strict=True)]
-    query, key = (box(size), box(pitch)) if name == "key" else (box(pitch), box(size))
-    warps, stages = launch_options(query, key, head_dim, value_dim, dtype, device, name)
-    warps = min(2 * warps, 8) if is_heavy else warps
-    return Cost(
-        tiles=Tiles(query, box(phase, 0), key, warps, stages),
-        programs=int(programs[best_outer]),
-        visited=int(visited[best_outer, best_inner]),
-        full=int(full[best_outer, best_inner]),
-        pairs_needed=member_pairs(member),
-        modelled=float(modelled[best_outer, best_inner]),
-    )
+    best = [int(modelled.argmin())] if most == 1 else np.argsort(modelled, axis=None, kind="stable")[:most].tolist()
+    found = []
+    for best_outer, best_inner in zip(*np.unravel_index(best, modelled.shape), strict=True):
+        pitch = [int(cut.pitch[at]) for cut, at in zip(cuts, outer[best_outer], strict=True)]
+        phase = [int(cut.phase[at]) for cut, at in zip(cuts, outer[best_outer], strict=True)]
+        size = [int(cut.size[at]) for cut, at in zip(cuts, inner[best_inner], strict=True)]
+        query, key = (box(size), box(pitch)) if name == "key" else (box(pitch), box(size))
+        warps, stages = launch_options(query, key, head_dim, value_dim, dtype, device, name)
+        cost = Cost(
+            tiles=Tiles(query, box(phase, 0), key, min(2 * warps, 8) if is_heavy else warps, stages),
+            programs=int(programs[best_outer]),
+            visited=int(visited[best_outer, best_inner]),
+            full=int(full[best_outer, best_inner]),
+            pairs_needed=member_pairs(member),
+            modelled=float(modelled[best_outer, best_inner]),
+        )
+        found.append(cost)
+    return found
+
+
+def cost_of(member: Member, tiles: Tiles, head_dim: int, value_dim: int, name: str) -> Cost:
+    """What tiles that were not chosen here come to.
+
+    >>> member = bounds(Window(7), (56, 56)).groups[0].members[0]
+    >>> tiles = Tiles(query=(1, 8, 8), phase=(0, 0, 0), key=(1, 8, 8), warps=4, stages=2)
+    >>> cost_of(member, tiles, 32, 32, "forward").visited
+    196
+    """
+    turned = _transposed(member) if name == "key" else member
+    pitches, sizes = (tiles.key, tiles.query) if name == "key" else (tiles.query, tiles.key)
+    skipped = len(pitches) - len(member)
+    programs = visited = full = 1
+    for axis, table in enumerate(turned, skipped):
+        cut = cut_evenly(table, pitches[axis], tiles.phase[axis])
+        own_visited, own_full = count_axis(cut, sizes[axis])
+        programs, visited, full = programs * cut.num_tiles, visited * own_visited, full * own_full
+    outer, inner = block(math.prod(pitches)), block(math.prod(sizes))
+    partial = visited - (full if math.prod(sizes) == inner else 0)
+    blocks = (np.asarray(outer), np.asarray(inner))
+    counts = (np.asarray(programs), np.asarray(visited), np.asarray(partial))
+    modelled = _modelled(*counts, blocks, (head_dim, value_dim), name, len(member))
+    return Cost(tiles, programs, visited, full, member_pairs(member), float(modelled))
 
 
 def _transposed(member: Member) -> Member:
@@ -244,8 +292,10 @@ def _modelled(
 def _most(head_dim: int, value_dim: int, dtype: torch.dtype, device: Device, name: str) -> tuple[int, int]:
     """The largest blocks, outer and inner: what accumulators and operands leave room for."""
     width = max(block(head_dim), block(value_dim))
-    if dtype == torch.float32:
+    if dtype == torch.float32:  # products without matrix units: as compiled, larger blocks spill
         most = (64, 64) if width <= 64 else (32, 32) if width <= 128 else (16, 16)
+        if name != "forward":
+            most = (min(most[0], 32), min(most[1], 32))
     elif name == "forward":
         most = (128, 128) if width <= 64 else (128, 64) if width <= 128 else (64, 32)
     elif name == "query":
@@ -278,7 +328,10 @@ def launch_options(
         "query": rows * (2 * columns + width),
         "key": columns * (2 * rows + width + value_width),
     }[name]
-    warps = 1 if held <= 1024 else 2 if held <= 4096 else 4 if held <= 12288 else 8
+    held *= dtype.itemsize // 2
+    warps = 1 if held <= 1024 else 2 if held <= 4096 else 4 if held <= (12288 if name == "key" else 12287) else 8
+    if name == "key" and width + value_width > 256:  # two wide accumulators
+        warps = min(2 * warps, 8)
     loaded = columns if name != "key" else rows
     kept = rows if name != "key" else columns
     stages = 1

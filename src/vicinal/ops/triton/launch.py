@@ -47,6 +47,12 @@ def as_rows(tensor: torch.Tensor, rank: int) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+def is_spread(rows: torch.Tensor) -> bool:
+    """Whether an offset within a sample of these rows, or of a copy of them, does not fit into 32 bits."""
+    steps = zip(rows.shape[1:], rows.stride()[1:], strict=True)
+    return bool(rows.numel()) and max(sum((n - 1) * abs(step) for n, step in steps), math.prod(rows.shape[1:])) >= _WIDE
+
+
 def strides(name: str, rows: torch.Tensor | None) -> dict[str, int]:
     """The strides of rows, by the names that kernels give them."""
     sample, token, head, _ = (0, 0, 0, 0) if rows is None else rows.stride()
@@ -139,13 +145,7 @@ class Call:
     def is_wide(self) -> bool:
         """Whether an offset within a sample may not fit into 32 bits."""
         return (
-            any(
-                sum((size - 1) * abs(stride) for size, stride in zip(rows.shape[1:], rows.stride()[1:], strict=True))
-                >= _WIDE
-                or math.prod(rows.shape[1:]) >= _WIDE
-                for rows in (self.query, self.key, self.value)
-                if rows.numel()
-            )
+            any(is_spread(rows) for rows in (self.query, self.key, self.value))
             or self.tokens * self.heads * max(self.head_dim, self.value_dim) >= _WIDE
         )
 

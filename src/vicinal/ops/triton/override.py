@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from vicinal.ops.triton.plan import Choice, Tiles
+from vicinal.ops.triton.plan import PASSES, Tiles
 
 _FORCED: list[Tiles | None] = [None, None, None]
 
@@ -22,22 +22,22 @@ def forced(forward: Tiles | None = None, query: Tiles | None = None, key: Tiles 
     """
     before = list(_FORCED)
     _FORCED[:] = [new or old for new, old in zip((forward, query, key), before, strict=True)]
-    _forget()
+    forget()
     try:
         yield
     finally:
         _FORCED[:] = before
-        _forget()
+        forget()
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Choose anew for calls like earlier ones."""
     from vicinal.ops import api, resolve
 
     api._KNOWN.clear()
     resolve._choose.cache_clear()
 
 
-def with_forced(choice: Choice) -> Choice:
-    """A choice with what is forced in its place."""
-    forward, query, key = (own if other is None else other for own, other in zip(choice, _FORCED, strict=True))
-    return forward, query, key
+def forced_tiles(name: str) -> Tiles | None:
+    """What is forced for one of the `PASSES`, if anything."""
+    return _FORCED[PASSES.index(name)]
