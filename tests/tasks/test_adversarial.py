@@ -13,6 +13,7 @@ from torch.nn import functional
 from vicinal.data import Batch, Digits, Info
 from vicinal.data.augment import Resize
 from vicinal.data.dataset import DataMissing
+from vicinal.metrics import frechet_distance
 from vicinal.models.checkpoint import read
 from vicinal.models.stylenat import HALVES, StyleNatConfig, build
 from vicinal.models.wavelet import WaveletConfig
@@ -213,20 +214,24 @@ def test_a_frozen_network_passes_gradients_on():
     assert layer.weight.requires_grad
 
 
-def test_an_evaluation_counts_no_more_than_its_samples_and_no_fillers():
-    made = task()
-    evaluation = made.evaluation()
-    for _ in range(3):
-        evaluation.add(batch(40))
-    assert evaluation.real.count == evaluation.made.count == 64
-    filled = made.evaluation()
-    given = batch(8)
-    given.weights[5:] = 0
-    filled.add(given)
-    assert filled.real.count == 5
-    assert filled.values()["pixel_distance"] >= 0
-    assert torch.equal(made.sample(3, seed=4), made.sample(3, seed=4))
-    assert len(made.draw(batch())) == 24
+def dealt(given, rank, count=40):
+    """What the second of two processes gets of a batch, or the first; beyond `count` it is only filled up."""
+    weights = (torch.arange(40) < count).float()
+    return Batch(given.images[rank::2], given.labels[rank::2], given.indices[rank::2], weights, given.rows[rank::2])
+
+
+def test_an_evaluation_is_of_the_first_samples_however_they_are_dealt_out():
+    made, given = task(), batch(80)
+    whole, first, second, filled = (made.evaluation() for _ in range(4))
+    whole.add(given)
+    assert whole.real.count == whole.made.count == 64
+    first.add(dealt(given, 0))
+    second.add(dealt(given, 1))
+    together = frechet_distance(first.real + second.real, first.made + second.made)
+    assert together == pytest.approx(whole.values()["pixel_distance"], rel=1e-3)
+    filled.add(dealt(given, 1, count=30))
+    assert filled.real.count == filled.made.count == 30
+    assert len(made.draw(given)) == 24
 
 
 @pytest.mark.parametrize(
