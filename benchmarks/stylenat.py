@@ -245,15 +245,15 @@ def measured(case: str, seconds: float) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The results for reading."""
-    lines = ["| case | attention | ms | peak MB | ours faster |", "|---|---|---:|---:|---:|"]
+    lines = ["| case | attention | ms | peak MB | rounds | ours faster |", "|---|---|---:|---:|---:|---:|"]
     for row in found["rows"]:
         for entry in row["entries"]:
             start = f"| {row['case']} | {entry['name']} |"
             if entry["reason"]:
-                lines.append(f"{start} {entry['reason']} | | |")
+                lines.append(f"{start} {entry['reason']} | | | |")
                 continue
             ratio = "" if entry["name"] == OURS else f"{entry['ours_faster']:.2f}x"
-            lines.append(f"{start} {entry['median_ms']:.1f} | {entry['peak_mb']:.0f} | {ratio} |")
+            lines.append(f"{start} {entry['median_ms']:.1f} | {entry['peak_mb']:.0f} | {entry['rounds']} | {ratio} |")
     on, loads = found["machine"], [row["load_average"] for row in found["rows"]]
     threads = f"{on['threads']} thread{'s' if on['threads'] > 1 else ''} of {on['logical_cpus']}"
     lines += [

@@ -110,7 +110,7 @@ def sheet(runs: list[pathlib.Path], steps: list[int]) -> torch.Tensor:
 
 
 def table(found: dict[str, Any]) -> str:
-    """All runs side by side: distances, and in brackets precision and recall."""
+    """All runs side by side: distances, and in brackets precision and recall where they were taken."""
     runs = found["runs"]
     points: dict[int, dict[str, dict[str, Any]]] = {}
     for name, line in runs.items():
@@ -124,14 +124,16 @@ def table(found: dict[str, Any]) -> str:
     count = next(iter(runs.values()))[-1]["generated"]
     lines += [
         "",
-        f"Fréchet distance (precision, recall) of {count} samples to {found['real']}, by {found['extractor']}.",
+        f"Fréchet distance (precision, recall where measured) of {count} samples to {found['real']},",
+        f"by {found['extractor']}.",
     ]
     return "\n".join(lines)
 
 
 def figures(point: dict[str, Any]) -> str:
     """A point of a curve for reading."""
-    return f"{point['frechet']:.0f} ({point['precision']:.2f}, {point['recall']:.2f})"
+    distance = f"{point['frechet']:.0f}"
+    return f"{distance} ({point['precision']:.2f}, {point['recall']:.2f})" if "precision" in point else distance
 
 
 def show(found: dict[str, Any], docs: pathlib.Path) -> None:

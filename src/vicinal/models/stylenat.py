@@ -349,8 +349,8 @@ def build(config: StyleNatConfig) -> StyleNAT:
 _FASHION = StyleNatConfig(
     image_size=32,
     widths=(96, 96, 48, 16),
-    kernel_sizes=((3,), (7,), (7,), (7,)),
-    dilations=((1,), (1,), (1, 2), (1, 4)),
+    kernel_sizes=((3,), (7,), (5,), (5,)),
+    dilations=((1,), (1,), (1, 3), (1, 6)),
     min_heads=2,
     depth=1,
     mlp_ratio=2,
