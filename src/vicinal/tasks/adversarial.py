@@ -197,7 +197,8 @@ class GeneratorObjective(nn.Module):
 class AdversarialTask(WithoutHooks):
     """A generator and its discriminator under training.
 
-    >>> config = StyleNatConfig(16, (8, 8, 8), latent_size=8, mapping_depth=1, channels=1, min_heads=2)
+    >>> gray = {"channels": 1, "normalization": ((0.5,), (0.5,))}
+    >>> config = StyleNatConfig(16, (8, 8, 8), latent_size=8, mapping_depth=1, min_heads=2, **gray)
     >>> task = Adversarial(config, WaveletConfig(16, (8, 8, 8), 1)).build(Info("made", ("a",), 1, (0.5,), (0.5,)))
     >>> [(turn.name, turn.every) for turn in task.turns]
     [('discriminator', 1), ('penalty', 16), ('generator', 1)]
