@@ -1,12 +1,15 @@
 """StyleNAT's generator with its attention by us and by others: time, peak memory, agreement, layer by layer.
 
-    OMP_NUM_THREADS=1 python benchmarks/stylenat.py
+    OMP_NUM_THREADS=2 python benchmarks/stylenat.py
+    OMP_NUM_THREADS=2 python benchmarks/stylenat.py --resume     # goes on with a run that was cut short
+    python benchmarks/stylenat.py --docs                         # only writes the table into docs/stylenat.md again
 
-Prints a table, and writes it to benchmarks/results/stylenat.json. Weights are random, the sizes are those of FFHQ at
-256 (batch 1) and of the top layer at 1024. A layer is the whole mixer, projections included. Ours is one call for all
-heads; the others are one call of ours for each group of heads, keys gathered query by query, and dense attention with a
-mask and the position bias in it. Indices and masks are made beforehand; peak memory is taken in a process of its own,
-without weights and inputs, and there they are made, as they must be once a map.
+Writes benchmarks/results/stylenat.json after every case, and the table between the two markers of docs/stylenat.md.
+Weights are random, the sizes those of FFHQ at 256 (batch 1) and of the top layer at 1024. A layer is the whole mixer,
+projections included. Ours is one call for all heads; the others are one call of ours for each group of heads, keys
+gathered query by query, and dense attention with a mask and the position bias in it. Indices and masks are made
+beforehand; peak memory is taken in a process of its own, without weights and inputs, and there they are made, as they
+must be once a map. Who needs more than an eighth of the machine's memory is not run; the table says how much that is.
 """
 
 from __future__ import annotations
@@ -37,8 +40,11 @@ from vicinal.pattern import Heads, bounds
 RESULTS = pathlib.Path(__file__).parent / "results" / "stylenat.json"
 OURS, GROUPS, GATHER, DENSE = "vicinal, one call", "a call per head group", "gather", "masked SDPA"
 NAMES = (OURS, GROUPS, GATHER, DENSE)
-MOST_BYTES = 3_000_000_000
-"""Contenders that need more than this for keys or masks of one head group are not run."""
+DOCS = pathlib.Path(__file__).parents[1] / "docs" / "stylenat.md"
+START, END = "<!-- figures:start -->", "<!-- figures:end -->"
+
+SHARE = 1 / 8
+"""Contenders that need more of the machine's memory than this are not run: copies come on top, and others' work."""
 
 Split = list[tuple[Any, slice, torch.Tensor]]
 
@@ -68,6 +74,11 @@ def places(pattern: Any, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Ten
     key = rows[:, None, :, None] * grid[1] + columns[None, :, None, :]
     place = down[:, None, :, None] * width + across[None, :, None, :]
     return key.flatten(0, 1).flatten(1), place.flatten(0, 1).flatten(1)
+
+
+def by_one_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Any, bias: Any) -> torch.Tensor:
+    """Ours."""
+    return vicinal.attention(query, key, value, pattern, bias=bias)
 
 
 def by_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Any, bias: Any) -> torch.Tensor:
@@ -117,31 +128,28 @@ def by_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern
     return torch.cat(outs, -2)
 
 
-WAYS: dict[str, Callable[..., torch.Tensor]] = {GROUPS: by_groups, GATHER: by_gather, DENSE: by_mask}
+WAYS: dict[str, Callable[..., torch.Tensor]] = {OURS: by_one_call, GROUPS: by_groups, GATHER: by_gather, DENSE: by_mask}
 
 
 def needs(name: str, config: StyleNatConfig, level: int) -> int:
-    """Bytes that keys of one head group, or its mask, take."""
+    """Bytes of what a contender must hold at once in a layer: all heads' masks, or one group's keys and values."""
     tokens, width = (FIRST * 2**level) ** 2, config.widths[level]
     count = config.heads(width)
-    share = max(config.pattern(level).sizes or (count,)) if level else count
     if name == DENSE:
-        return 4 * share * tokens**2
+        return 4 * count * tokens**2
+    share = max(config.pattern(level).sizes or (count,)) if level else count
     keys = max(config.kernel_sizes[level]) ** 2
-    return 4 * tokens * keys * share * (width // count) if name == GATHER else 0
+    return 2 * 4 * tokens * keys * share * (width // count) if name == GATHER else 0
 
 
 def called(name: str, module: torch.nn.Module, inputs: torch.Tensor) -> Callable[[], torch.Tensor]:
     """A forward pass with the attention of a contender."""
+    way = WAYS[name]
 
     def call() -> torch.Tensor:
-        with torch.no_grad():
-            if name == OURS:
-                result: torch.Tensor = module(inputs)
-                return result
-            way = WAYS[name]
-            with mock.patch.object(layer_module, "attention", lambda *a, bias, backend: way(*a, bias)):
-                result = module(inputs)
+        # ours is put in its place too, so that all pay alike for the exchange
+        with torch.no_grad(), mock.patch.object(layer_module, "attention", lambda *a, bias, backend: way(*a, bias)):
+            result: torch.Tensor = module(inputs)
             return result
 
     return call
@@ -166,12 +174,27 @@ def prepared(case: str) -> tuple[torch.nn.Module, torch.Tensor]:
 CASES = [*(f"256, level {FIRST * 2**level}" for level in range(7)), "generator 256", "1024, level 1024"]
 
 
-def refusal(case: str, name: str) -> str:
-    """Why a contender does not take part, or nothing."""
+def wanted(case: str, name: str) -> int:
+    """Bytes that a contender needs in a case; a generator keeps the masks of all its blocks from image to image."""
     image, _, last = case.removeprefix("generator ").partition(", level ")
-    level = int(math.log2(int(last or image) // FIRST))
-    size = needs(name, VARIANTS[f"stylenat_ffhq{image}"], level)
-    return f"not run: {size / 1e9:.0f} GB for one group of heads" if size > MOST_BYTES else ""
+    config = VARIANTS[f"stylenat_ffhq{image}"]
+    if last:
+        return needs(name, config, int(math.log2(int(last) // FIRST)))
+    levels = [needs(name, config, level) for level in range(config.levels)]
+    return config.depth * sum(levels) if name == DENSE else max(levels)
+
+
+def refusal(case: str, name: str, memory_gb: float) -> str:
+    """Why a contender does not take part on a machine with so much memory, or nothing.
+
+    >>> refusal("256, level 256", DENSE, memory_gb=25.0)
+    'does not fit: 68.7 GB of masks'
+    """
+    size = wanted(case, name) / 1e9
+    if size <= SHARE * memory_gb:
+        return ""
+    what = "masks" if name == DENSE else "keys and values"
+    return f"{'does not fit' if size > memory_gb else 'not run'}: {size:,.1f} GB of {what}"
 
 
 def peak_mb(case: str, name: str) -> float:
@@ -191,15 +214,19 @@ def print_peak(case: str, name: str) -> None:
 
 def measured(case: str, seconds: float) -> dict[str, Any]:
     """One row: everyone checked against us, then timed in turns."""
-    reasons = {name: refusal(case, name) for name in NAMES}
+    on = machine.describe()
+    reasons = {name: refusal(case, name, on["memory_gb"]) for name in NAMES}
     module, inputs = prepared(case)
     calls = {name: called(name, module, inputs) for name, reason in reasons.items() if not reason}
-    wanted = calls[OURS]()
-    errors = {name: float((call() - wanted).abs().max() / wanted.abs().max()) for name, call in calls.items()}
+    ours = calls[OURS]()
+    errors = {name: float((call() - ours).abs().max() / ours.abs().max()) for name, call in calls.items()}
+    del ours
     for name, error in errors.items():
         if error > 1e-4:
             raise SystemExit(f"{case}: {name} is {error:.2g} away; a wrong answer gets no time")
     timings = timing.compare(calls, seconds=seconds)
+    MASKS.clear()
+    places.cache_clear()
     entries = []
     for name, reason in reasons.items():
         entry: dict[str, Any] = {"name": name, "reason": reason}
@@ -207,58 +234,87 @@ def measured(case: str, seconds: float) -> dict[str, Any]:
             entry |= {**timings[name].figures(), "peak_mb": peak_mb(case, name), "error": errors[name]}
             entry["ours_faster"] = round(timings[OURS].speedup_over(timings[name]), 2)
         entries.append(entry)
-    size = inputs.numel() * inputs.element_size()
-    load = round(os.getloadavg()[0], 2)
-    return {"case": case, "input_mb": round(size / 1e6, 1), "load_average": load, "entries": entries}
+    return {
+        "case": case,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "input_mb": round(inputs.numel() * inputs.element_size() / 1e6, 1),
+        "load_average": round(os.getloadavg()[0], 2),
+        "entries": entries,
+    }
 
 
 def table(found: dict[str, Any]) -> str:
     """The results for reading."""
-    lines = ["| case | attention | ms | peak MB | ours faster |", "|---|---|---:|---:|---:|"]
+    lines = ["| case | attention | ms | peak MB | rounds | ours faster |", "|---|---|---:|---:|---:|---:|"]
     for row in found["rows"]:
         for entry in row["entries"]:
             start = f"| {row['case']} | {entry['name']} |"
             if entry["reason"]:
-                lines.append(f"{start} {entry['reason']} | | |")
+                lines.append(f"{start} {entry['reason']} | | | |")
                 continue
-            ratio = "" if entry["name"] == OURS else f"{entry['ours_faster']:.1f}x"
-            lines.append(f"{start} {entry['median_ms']:.1f} | {entry['peak_mb']:.0f} | {ratio} |")
-    on, load = found["machine"], max(row["load_average"] for row in found["rows"])
+            ratio = "" if entry["name"] == OURS else f"{entry['ours_faster']:.2f}x"
+            lines.append(f"{start} {entry['median_ms']:.1f} | {entry['peak_mb']:.0f} | {entry['rounds']} | {ratio} |")
+    on, loads = found["machine"], [row["load_average"] for row in found["rows"]]
     threads = f"{on['threads']} thread{'s' if on['threads'] > 1 else ''} of {on['logical_cpus']}"
-    lines += ["", f"Machine: {on['cpu']}, {threads}, torch {on['torch']}, load average up to {load:.1f}."]
+    lines += [
+        "",
+        f"Machine: {on['cpu']}, {threads}, {on['memory_gb']} GB, torch {on['torch']}, {found['created'][:10]}; "
+        f"load average {min(loads):.1f} to {max(loads):.1f}.",
+    ]
     return "\n".join(lines)
 
 
-def save(rows: list[dict[str, Any]], path: pathlib.Path) -> dict[str, Any]:
+def save(rows: dict[str, dict[str, Any]], path: pathlib.Path) -> dict[str, Any]:
     """After every row, so that an interrupted run keeps what it has."""
     found = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "settings": {"dtype": "float32", "batch": 1, "direction": "forward"},
-        "rows": rows,
+        "rows": sorted(rows.values(), key=lambda row: CASES.index(row["case"])),
     }
     path.write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def kept(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The rows that a run on this machine, with as many threads, left in a file."""
+    if not path.exists():
+        return {}
+    old = json.loads(path.read_text())
+    return {row["case"]: row for row in old["rows"]} if old["machine"] == machine.describe() else {}
+
+
+def show(found: dict[str, Any], docs: pathlib.Path) -> None:
+    """Put the table between the markers of a page."""
+    head, rest = docs.read_text().split(START)
+    docs.write_text(f"{head}{START}\n{table(found)}\n{END}{rest.split(END)[1]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", default="", help="only cases with this in their name; others keep theirs")
     parser.add_argument("--seconds", type=float, default=8.0, help="for the timing of each row, about")
+    parser.add_argument("--resume", action="store_true", help="only cases that the output does not have yet")
+    parser.add_argument("--docs", action="store_true", help="write the page again from what was measured")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print_peak(*options.peak)
         return
-    old = json.loads(options.output.read_text())["rows"] if options.part and options.output.exists() else []
-    rows = {row["case"]: row for row in old}
-    for case in (case for case in CASES if options.part in case):
-        print(f"{case} ...", file=sys.stderr)
-        rows[case] = measured(case, options.seconds)
-        found = save(sorted(rows.values(), key=lambda row: CASES.index(row["case"])), options.output)
-        MASKS.clear()
+    if options.docs:
+        show(json.loads(options.output.read_text()), DOCS)
+        return
+    rows = kept(options.output) if options.part or options.resume else {}
+    for case in CASES:
+        if options.part in case and not (options.resume and case in rows):
+            print(f"{case} ...", file=sys.stderr)
+            rows[case] = measured(case, options.seconds)
+            save(rows, options.output)
+    found = save(rows, options.output)
     print(table(found))
+    if options.output == RESULTS and len(rows) == len(CASES):
+        show(found, DOCS)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python benchmarks/stylenat_training.py runs/a runs/b
 
 Every checkpoint's averaged generator draws the same latents, which are measured against the first test images by
-EfficientNet-Lite0. Writes benchmarks/results/stylenat-fashion.json, and beside the runs' names a sheet of samples over
-time, benchmarks/training/stylenat_fashion_mnist.png.
+EfficientNet-Lite0. Writes benchmarks/results/stylenat-fashion.json, a sheet of samples over time
+(benchmarks/training/stylenat_fashion_mnist.png, the first run on the left), and the table of docs/stylenat.md.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from vicinal.training.written import from_plain
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "stylenat-fashion.json"
 SHEET = HERE / "training" / "stylenat_fashion_mnist.png"
+DOCS = HERE.parent / "docs" / "stylenat.md"
+START, END = "<!-- training:start -->", "<!-- training:end -->"
+TITLES = {"stylenat_fashion_mnist": "two groups of heads", "stylenat_local_fashion_mnist": "one local window"}
 COLUMNS, ZOOM = 12, 2
 
 
@@ -106,6 +109,39 @@ def sheet(runs: list[pathlib.Path], steps: list[int]) -> torch.Tensor:
     return whole.repeat_interleave(ZOOM, -1).repeat_interleave(ZOOM, -2)
 
 
+def table(found: dict[str, Any]) -> str:
+    """All runs side by side: distances, and in brackets precision and recall where they were taken."""
+    runs = found["runs"]
+    points: dict[int, dict[str, dict[str, Any]]] = {}
+    for name, line in runs.items():
+        for point in line:
+            points.setdefault(point["step"], {})[name] = point
+    head = " | ".join(TITLES.get(name, name) for name in runs)
+    lines = [f"| steps | images | {head} |", "|---:|---:|" + "---:|" * len(runs)]
+    for step, held in sorted(points.items()):
+        cells = " | ".join(figures(held[name]) if name in held else "not measured" for name in runs)
+        lines.append(f"| {step} | {next(iter(held.values()))['images']:,} | {cells} |")
+    count = next(iter(runs.values()))[-1]["generated"]
+    lines += [
+        "",
+        f"Fréchet distance (precision, recall where measured) of {count} samples to {found['real']},",
+        f"by {found['extractor']}.",
+    ]
+    return "\n".join(lines)
+
+
+def figures(point: dict[str, Any]) -> str:
+    """A point of a curve for reading."""
+    distance = f"{point['frechet']:.0f}"
+    return f"{distance} ({point['precision']:.2f}, {point['recall']:.2f})" if "precision" in point else distance
+
+
+def show(found: dict[str, Any], docs: pathlib.Path) -> None:
+    """Put the table between the markers of a page."""
+    head, rest = docs.read_text().split(START)
+    docs.write_text(f"{head}{START}\n{table(found)}\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
@@ -128,6 +164,8 @@ def main() -> None:
     shared = sorted(set.intersection(*({point["step"] for point in points} for points in found["runs"].values())))
     picture = sheet(options.runs, shared)
     save_png(picture.permute(1, 2, 0).numpy(), options.sheet)
+    if options.output == RESULTS:
+        show(found, DOCS)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,18 @@ def test_a_sheet_holds_the_pictures_of_the_files(weights, tmp_path):
 def test_an_untrained_model_says_that_it_makes_noise(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("--untrained", "--model", "stylenat_fashion32", "image_size=16", "--count", 1) == 0
-    assert "16x16, weights: none, untrained: noise" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "16x16, weights: none, untrained: noise" in printed
+    assert printed.endswith("\ngenerated/000000.png\n")
     assert read_picture(tmp_path / "generated" / "000000.png", 1).shape == (16, 16, 1)
+
+
+def test_what_no_picture_can_hold_is_refused_before_it_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = ("channels=2", "image_size=16")
+    assert run("--untrained", "--model", "stylenat_fashion32", *changes) == BAD_REQUEST
+    assert capsys.readouterr().err == "vicinal generate: pictures have 1 or 3 channels, stylenat_fashion32 makes 2\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

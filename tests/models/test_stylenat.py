@@ -116,6 +116,11 @@ def test_a_checkpoint_of_another_resolution_is_named(tmp_path):
         ({"kernel_sizes": ((3,), (7,), (7, 5), (7,)), "dilations": ((1,), (1,), (1, 2, 1), (1,))}, "as many groups"),
         ({"widths": (32, 32, 12, 8)}, "widths must be multiples of 8"),
         ({"latent_size": 0}, "latent_size must be at least 1"),
+        ({"mlp_ratio": 0}, "mlp_ratio must be above 0 and finite, got 0"),
+        ({"mapping_rate": math.nan}, "mapping_rate must be above 0"),
+        ({"normalization": ((0.5,), (0.5, 0.5))}, r"each one number or 3 \(one per channel\), got"),
+        ({"normalization": ((0.5,), (0.0,))}, "deviations must be above 0"),
+        ({"channels": 1}, "each one number or 1"),
         ({"features_only": True}, "features_only is for models that take images"),
     ],
 )

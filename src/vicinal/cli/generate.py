@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> None:
     seeds = _seeds(options)
     places = _places(options)
     generator = _generator(options)
+    if generator.model.channels not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels, {generator.name} makes {generator.model.channels}")
     sampler = Sampler(generator.model, options.truncation, options.batch_size)
     for kind, place in places.items():
         (place if kind == "folder" else place.parent).mkdir(parents=True, exist_ok=True)
@@ -164,6 +166,7 @@ def _tell(generator: Generator, sampler: Sampler, seeds: range, files: list[Path
         )
     singles = [path for path in files if path.stem.isdigit()]
     if singles:
-        out.print(f"{len(singles)} pictures, {singles[0]} to {singles[-1].name}", soft_wrap=True)
+        range_of = f"{len(singles)} pictures, {singles[0]} to {singles[-1].name}"
+        out.print(range_of if len(singles) > 1 else str(singles[0]), soft_wrap=True)
     for path in files[len(singles) :]:
         out.print(str(path), soft_wrap=True)

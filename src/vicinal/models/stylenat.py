@@ -69,6 +69,16 @@ class StyleNatConfig:
         for name in ("depth", "latent_size", "mapping_depth", "channels", "min_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("mlp_ratio", "mapping_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if len(self.normalization) != 2 or any(len(part) not in (1, self.channels) for part in self.normalization):
+            raise ValueError(
+                f"normalization must be a mean and a deviation, each one number or {self.channels} (one per channel), "
+                f"got {self.normalization}"
+            )
+        if not all(deviation > 0 for deviation in self.normalization[1]):
+            raise ValueError(f"normalization's deviations must be above 0, got {self.normalization[1]}")
         for level in range(1, levels):
             self.pattern(level)
 

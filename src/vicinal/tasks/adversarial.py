@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from vicinal.models.stylenat import StyleNAT, StyleNatConfig
 from vicinal.models.wavelet import WaveletConfig, WaveletDiscriminator
 from vicinal.tasks.consistency import augmented
 from vicinal.tasks.protocol import Losses, Moment, Panel, Turn, WithoutHooks
+from vicinal.tasks.sampling import latents_of
 
 POOLED = 8
 """Side of the thumbnails whose distance is watched during training."""
@@ -31,7 +32,8 @@ class Adversarial:
     """A style-based generator against a discriminator on wavelets.
 
     The losses are non-saturating. `penalty` is R1's weight, taken every `penalty_every` steps and as many times as
-    strong; `consistency` that of balanced consistency on images augmented. `samples` are compared in an evaluation.
+    strong; `consistency` that of balanced consistency on images augmented. In an evaluation the first `samples` images
+    are compared with as many made.
     """
 
     generator: StyleNatConfig
@@ -195,7 +197,8 @@ class GeneratorObjective(nn.Module):
 class AdversarialTask(WithoutHooks):
     """A generator and its discriminator under training.
 
-    >>> config = StyleNatConfig(16, (8, 8, 8), latent_size=8, mapping_depth=1, channels=1, min_heads=2)
+    >>> gray = {"channels": 1, "normalization": ((0.5,), (0.5,))}
+    >>> config = StyleNatConfig(16, (8, 8, 8), latent_size=8, mapping_depth=1, min_heads=2, **gray)
     >>> task = Adversarial(config, WaveletConfig(16, (8, 8, 8), 1)).build(Info("made", ("a",), 1, (0.5,), (0.5,)))
     >>> [(turn.name, turn.every) for turn in task.turns]
     [('discriminator', 1), ('penalty', 16), ('generator', 1)]
@@ -224,34 +227,32 @@ class AdversarialTask(WithoutHooks):
         return AdversarialEvaluation(self)
 
     @torch.no_grad()
-    def sample(self, count: int, seed: int) -> torch.Tensor:
-        """Samples uint8 `[count, channels, height, width]`, the same for a seed."""
+    def sample(self, seeds: Sequence[int]) -> torch.Tensor:
+        """A sample uint8 `[seeds, channels, height, width]` for each seed, the same in any process."""
         generator = self.model.generator
-        drawn = torch.randn(count, generator.latent_size, generator=torch.Generator().manual_seed(seed))
-        return generator.to_bytes(generator(drawn.to(generator.constant)).float())
+        drawn = latents_of(seeds, generator.latent_size).to(generator.constant)
+        return generator.to_bytes(generator(drawn).float())
 
     def draw(self, batch: Batch) -> list[Panel]:
         """Samples, from the same latents whenever it is asked."""
-        return [Panel(image.permute(1, 2, 0).cpu().numpy(), "") for image in self.sample(SHOWN, seed=0)]
+        return [Panel(image.permute(1, 2, 0).cpu().numpy(), "") for image in self.sample(range(SHOWN))]
 
 
 class AdversarialEvaluation:
     """The Fréchet distance of thumbnails: cheap enough to be watched, blind to what is smaller than they are."""
 
     def __init__(self, task: AdversarialTask) -> None:
-        self.task, self.left = task, task.config.samples
+        self.task = task
         size = task.config.generator.channels * POOLED**2
         self.real = self.made = Moments.of(torch.zeros(0, size))
 
     def add(self, batch: Batch) -> None:
-        """Take up a batch, and make as many images; no more than the task's `samples`."""
-        real = batch.images[batch.weights > 0][: self.left]
-        if not len(real):
-            return
-        seed = int(batch.indices.min())
-        self.real = self.real + Moments.of(thumbnails(real))
-        self.made = self.made + Moments.of(thumbnails(self.task.sample(len(real), seed)))
-        self.left -= len(real)
+        """Take up those of a batch that are among the first `samples`, and make an image for each."""
+        counts = (batch.weights.cpu() > 0) & (batch.indices < self.task.config.samples)
+        seeds = batch.indices[counts].tolist()
+        if seeds:
+            self.real = self.real + Moments.of(thumbnails(batch.images[counts]))
+            self.made = self.made + Moments.of(thumbnails(self.task.sample(seeds)))
 
     def values(self) -> dict[str, float]:
         """The distance, over all processes."""
