@@ -36,8 +36,8 @@ struct RememberedBias {
 // The bias table of a head in the thread's workspace; kept while the head stays the same.
 template <class S>
 inline BiasTable bias_of(const Job& job, int64_t head, const Workspace& workspace) {
+    if (!job.bias) return BiasTable{};  // then lengths may be anything
     BiasTable table = bias_layout(job.bias_length, job.rows_per_vector, S::LANES / job.rows_per_vector);
-    if (!job.bias) return table;
     const int64_t floats = bias_table_size(job.bias_length, table.R, table.C) + S::LANES;
     char* memory = static_cast<char*>(workspace.get(BIAS, floats * 4 + 64));
     RememberedBias* remembered = reinterpret_cast<RememberedBias*>(memory);

@@ -33,13 +33,14 @@ struct BiasTable {
 };
 
 VICINAL_INLINE int64_t bias_table_size(const int32_t* length, int R, int C) {
-    return static_cast<int64_t>(length[0]) * (length[1] + R - 1) * (length[2] + 2 * C) * R;
+    const int64_t rows = static_cast<int64_t>(length[1]) + R - 1, columns = static_cast<int64_t>(length[2]) + 2 * C;
+    return length[0] * rows * columns * R;
 }
 
 VICINAL_INLINE BiasTable bias_layout(const int32_t* length, int R, int C) {
     BiasTable table;
-    table.row = static_cast<int64_t>(length[2] + 2 * C) * R;
-    table.plane = table.row * (length[1] + R - 1);
+    table.row = (static_cast<int64_t>(length[2]) + 2 * C) * R;
+    table.plane = table.row * (static_cast<int64_t>(length[1]) + R - 1);
     for (int a = 0; a < 3; ++a) table.length[a] = length[a];
     table.R = R;
     table.C = C;
