@@ -65,20 +65,19 @@ def _backward_samples(
             for tiles, chunk in all_chunks(own, member):
                 _backward_tiles(own, chunk, tiles, results, sinks, bias)
     first = groups[0][0]
-    by_query, by_key = (1.0, 1.0) if results.offset is None else (inputs.scale, 1 / LOG2_E)
-    for place, sink, grid, heads, factor in (
-        (0, sinks.query, plan.grid, first.heads.num_query, by_query),
-        (1, sinks.key, plan.key_grid, first.heads.num_key, by_key),
-        (2, sinks.value, plan.key_grid, first.heads.num_key, 1.0),
+    for place, sink, grid, heads in (
+        (0, sinks.query, plan.grid, first.heads.num_query),
+        (1, sinks.key, plan.key_grid, first.heads.num_key),
+        (2, sinks.value, plan.key_grid, first.heads.num_key),
     ):
         if sink is not None:
             rows = sink.finished()
-            if factor != 1.0:
-                rows.mul_(factor)
+            if place == 0 and results.offset is not None:
+                rows.mul_(inputs.scale)
             totals.add(place, samples, grid, rows.view(first.samples, *grid, heads, -1))
-    for place, extra, factor in ((4, sinks.extra_key, by_key), (5, sinks.extra_value, 1.0)):
+    for place, extra in ((4, sinks.extra_key), (5, sinks.extra_value)):
         if extra is not None:
-            totals.add(place, samples, extra.shape[1:2], extra * factor)
+            totals.add(place, samples, extra.shape[1:2], extra)
 
 
 class _Totals:
@@ -160,7 +159,7 @@ class _Results:
         offset = (grad_out.to(part.compute_dtype) * out).sum(-1).neg_()
         if grad_lse is not None:
             offset += grad_lse
-        return _Results(as_rows(grad_out), shift.mul_(LOG2_E), offset.reshape(-1), None)
+        return _Results(as_rows(grad_out), shift, offset.reshape(-1), None)
 
 
 @dataclasses.dataclass(slots=True)
@@ -194,7 +193,7 @@ def _backward_tiles(
     part: Part, chunk: Chunk, tiles: TileSet, results: _Results, sinks: _Sinks, bias: torch.Tensor | None
 ) -> None:
     inputs = tile_inputs(part, tiles, chunk)
-    added = added_to_scores(part, tiles, chunk, unit=1.0 if results.offset is None else LOG2_E)
+    added = added_to_scores(part, tiles, chunk)
     if results.offset is None:
         grads = _fused_backward(part, tiles, chunk, results, inputs, added)
     else:
@@ -243,7 +242,7 @@ def _multiplied_backward(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     added: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """Gradients of each tile by matrix products: of query / scale, of key * `LOG2_E`, of value and scores."""
+    """Gradients of each tile by matrix products: of query / scale, of key, value and scores."""
     assert results.offset is not None
     grad_out = tile_queries(results.grad_out, part, tiles, chunk)
     query, key, value = inputs
@@ -252,10 +251,11 @@ def _multiplied_backward(
     shift, offset = (chunk.query.take(rows).view(*query.shape[:2], 1) for rows in (results.shift, results.offset))
     if chunk.padding is not None:
         part.by_head(shift).masked_fill_(chunk.padding, -math.inf)  # weights of 0
-    scores = torch.bmm(query.mul_(part.scale * LOG2_E), key.transpose(1, 2))
+    scores = torch.bmm(query.mul_(part.scale), key.transpose(1, 2))
     if added is not None:
         part.by_head(scores).add_(added)
-    weights = scores.add_(shift).exp2_()
+    # the shift before the factor: small differences are rounded less than what they are differences of
+    weights = scores.add_(shift).mul_(LOG2_E).exp2_()
     grad_value = torch.bmm(weights.transpose(1, 2), grad_out)
     grad_scores = torch.bmm(grad_out, value.transpose(1, 2)).add_(offset).mul_(weights)
     grad_query = torch.bmm(grad_scores, key)
