@@ -84,7 +84,7 @@ vicinal_isa best_isa() {
 vicinal_isa usual_isa(int64_t dtype) {
     const vicinal_isa best = best_isa();
     if (best != VICINAL_AVX512_BF16) return best;
-    // Intel's processors do a quarter as many products in pairs as others: half the numbers in the same time
+    // on Intel's a vector of products in pairs takes four times as long as one of float32 (docs/decisions.md)
     return dtype == VICINAL_BFLOAT16 && this_machine().is_quick_in_pairs ? best : VICINAL_AVX512;
 }
 

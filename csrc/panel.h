@@ -53,6 +53,8 @@ VICINAL_INLINE int64_t source_coordinate(const Interval& axis, int64_t place) {
     return axis.first + axis.step * place;
 }
 
+VICINAL_INLINE int64_t bytes_of(int64_t dtype) { return dtype == VICINAL_FLOAT32 ? 4 : 2; }
+
 // One row of channels as float32; `channel` is 1 for all but unusual views.
 template <class S>
 VICINAL_INLINE void load_row(int64_t dtype, const Operand& operand, int64_t offset, float* to) {
@@ -160,18 +162,23 @@ struct Packer {
         return is_whole;
     }
 
-    // Asks for a row group of one operand, where its sources stand far apart: no machine sees by itself what comes next.
-    VICINAL_INLINE void ask_for(const Operand& operand, int64_t base, int64_t group) const {
-        const int64_t bytes = dtype == VICINAL_FLOAT32 ? 4 : 2, count = chunk.column_end - chunk.column_begin;
-        if (count < 2 || count * frame.R > AHEAD || (columns[1] - columns[0]) * operand.axis[2] * bytes < FAR_APART) return;
+    // Calls function(lane within the row group, place in the operand) for the sources that are there.
+    template <class Function>
+    VICINAL_INLINE void each_source(const Operand& operand, int64_t base, int64_t group, const Function& function) const {
         int64_t offset[W];
         row_offsets(operand, base, group, offset);
-        for (int64_t column = 0; column < count; ++column)
-            for (int r = 0; r < frame.R; ++r) {
-                if (offset[r] < 0) continue;
-                const char* at = operand.data + (offset[r] + columns[column] * operand.axis[2]) * bytes;
-                for (int64_t byte = 0; byte < operand.dim * bytes; byte += 64) VICINAL_PREFETCH(at + byte);
-            }
+        for (int64_t column = 0; column < chunk.column_end - chunk.column_begin; ++column)
+            for (int r = 0; r < frame.R; ++r)
+                if (offset[r] >= 0) function(column * frame.R + r, offset[r] + columns[column] * operand.axis[2]);
+    }
+
+    // Asks for a row group of one operand, where its sources stand far apart: no machine sees by itself what comes next.
+    VICINAL_INLINE void ask_for(const Operand& operand, int64_t base, int64_t group) const {
+        const int64_t bytes = bytes_of(dtype), count = chunk.column_end - chunk.column_begin;
+        if (count < 2 || count * frame.R > AHEAD || (columns[1] - columns[0]) * operand.axis[2] * bytes < FAR_APART) return;
+        each_source(operand, base, group, [&](int64_t, int64_t place) VICINAL_LAMBDA {
+            for (int64_t byte = 0; byte < operand.dim * bytes; byte += 64) VICINAL_PREFETCH(operand.data + place * bytes + byte);
+        });
     }
 
     // Packs a row group of one operand of one head: transposed where `transposed` is given, as rows where `rows` is.
@@ -179,7 +186,7 @@ struct Packer {
         const int64_t dim = operand.dim, padded = round_up(dim, W), units = (dim + S::PAIR - 1) / S::PAIR;
         // rows can be read where they lie if they hold whole units
         const bool direct = operand.channel == 1 && dim % S::PAIR == 0 && (S::PAIR == 2 || dtype == VICINAL_FLOAT32);
-        const int64_t bytes = dtype == VICINAL_FLOAT32 ? 4 : 2, step = operand.axis[2], mask = frame.R - 1;
+        const int64_t bytes = bytes_of(dtype), step = operand.axis[2], mask = frame.R - 1;
         const int64_t filled = (chunk.column_end - chunk.column_begin) * frame.R;
         int shift = 0;
         while ((1 << shift) < frame.R) ++shift;

@@ -11,15 +11,25 @@
 namespace vicinal {
 namespace {
 
+// The sum of grad_out times out of one query; `room` holds two rows, whose ends are 0.
+template <class S>
+VICINAL_INLINE float row_sum_of(const Job& job, int64_t out_at, int64_t grad_out_at, float* room) {
+    const int64_t padded = round_up(job.value.dim, S::LANES);
+    load_row<S>(job.dtype, job.out, out_at, room);
+    load_row<S>(job.dtype, job.grad_out, grad_out_at, room + padded);
+    typename S::F products = S::zero();
+    for (int64_t d = 0; d < padded; d += S::LANES)
+        products = S::fma(S::load(room + d), S::load(room + padded + d), products);
+    return S::sum(products);
+}
+
 template <class S>
 void row_sums_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace) {
-    constexpr int W = S::LANES;
     const Block block(job, unit);
-    const int64_t q_head = job.first_head + head, padded = round_up(job.value.dim, W);
+    const int64_t q_head = job.first_head + head, padded = round_up(job.value.dim, S::LANES);
     Arena arena{static_cast<char*>(workspace.get(STATE, padded * 8 + 256))};
-    float* out = arena.take<float>(padded);
-    float* grad = arena.take<float>(padded);
-    for (int64_t d = 0; d < padded; ++d) out[d] = grad[d] = 0.0f;
+    float* room = arena.take<float>(2 * padded);
+    for (int64_t d = 0; d < 2 * padded; ++d) room[d] = 0.0f;
     const int64_t out_base = sample * job.out.batch + q_head * job.out.head;
     const int64_t grad_base = sample * job.grad_out.batch + q_head * job.grad_out.head;
     const int64_t grad_lse_base = sample * job.grad_lse_batch + q_head * job.grad_lse_head;
@@ -30,11 +40,7 @@ void row_sums_unit(const Job& job, const Unit& unit, int64_t sample, int64_t hea
         const Places grad_lse = block.places(tile, job.grad_lse_axis, grad_lse_base);
         const Places to = block.places(tile, job.sums_axis, sums_base);
         block.each_target(tile, [&](int, int r, int c) {
-            load_row<S>(job.dtype, job.out, from.at(r, c), out);
-            load_row<S>(job.dtype, job.grad_out, grad_from.at(r, c), grad);
-            typename S::F products = S::zero();
-            for (int64_t d = 0; d < padded; d += W) products = S::fma(S::load(out + d), S::load(grad + d), products);
-            float sum = S::sum(products);
+            float sum = row_sum_of<S>(job, from.at(r, c), grad_from.at(r, c), room);
             if (job.grad_lse) sum -= job.grad_lse[grad_lse.at(r, c)];
             job.row_sums[to.at(r, c)] = sum;
         });

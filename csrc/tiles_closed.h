@@ -33,18 +33,11 @@ template <class S>
 inline void write_sources(const Job& job, const Packer<S>& packer, const Operand& operand, int64_t base, const float* sums,
                           float factor) {
     if (!operand.data) return;
-    const Frame& f = packer.frame;
     const int64_t padded = round_up(operand.dim, S::LANES);
-    for (int64_t group = 0; group < f.row_groups(); ++group) {
-        int64_t offset[S::LANES];
-        packer.row_offsets(operand, base, group, offset);
-        for (int r = 0; r < f.R; ++r) {
-            if (offset[r] < 0) continue;
-            for (int64_t column = 0; column < f.column_end - f.column_begin; ++column)
-                store_row<S>(job.dtype, operand, offset[r] + packer.columns[column] * operand.axis[2],
-                             sums + (group * packer.width + column * f.R + r) * padded, factor);
-        }
-    }
+    for (int64_t group = 0; group < packer.frame.row_groups(); ++group)
+        packer.each_source(operand, base, group, [&](int64_t lane, int64_t place) {
+            store_row<S>(job.dtype, operand, place, sums + (group * packer.width + lane) * padded, factor);
+        });
 }
 
 // A unit on its way through the queries of one head.
@@ -61,9 +54,7 @@ struct ClosedRun {
 // Row sums of the tile's queries: of grad_out times out, less the gradient of the log-sum-exp.
 template <class S>
 VICINAL_INLINE void row_sums_of(const ClosedRun<S>& run, const Tile& tile, QueryTile& state) {
-    constexpr int W = S::LANES;
     const Job& job = run.job;
-    const int64_t padded = round_up(job.value.dim, W);
     int64_t grad_out_at[MOST_TARGETS];
     run.block.places(tile, job.grad_out.axis, run.grad_out_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
         grad_out_at[t] = place;
@@ -71,12 +62,7 @@ VICINAL_INLINE void row_sums_of(const ClosedRun<S>& run, const Tile& tile, Query
     const Places out_at = run.block.places(tile, job.out.axis, run.out_base);
     ask_for_next(run.block, tile, job.out, out_at);
     out_at.each([&](int t, int64_t place) VICINAL_LAMBDA {
-        load_row<S>(job.dtype, job.out, place, run.out);
-        load_row<S>(job.dtype, job.grad_out, grad_out_at[t], run.out + padded);
-        typename S::F products = S::zero();
-        for (int64_t d = 0; d < padded; d += W)
-            products = S::fma(S::load(run.out + d), S::load(run.out + padded + d), products);
-        state.row_sum[t] = S::sum(products);
+        state.row_sum[t] = row_sum_of<S>(job, place, grad_out_at[t], run.out);
     });
     if (!job.grad_lse) return;
     run.block.places(tile, job.grad_lse_axis, run.grad_lse_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
@@ -117,19 +103,11 @@ VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& wal
 template <class S>
 inline void ask_for_sources(const Job& job, const Packer<S>& packer, const Operand& operand, int64_t base) {
     if (!operand.data) return;
-    const Frame& f = packer.frame;
-    const int64_t bytes = job.dtype == VICINAL_FLOAT32 ? 4 : 2, size = operand.dim * bytes;
-    for (int64_t group = 0; group < f.row_groups(); ++group) {
-        int64_t offset[S::LANES];
-        packer.row_offsets(operand, base, group, offset);
-        for (int r = 0; r < f.R; ++r) {
-            if (offset[r] < 0) continue;
-            for (int64_t column = 0; column < f.column_end - f.column_begin; ++column) {
-                const char* at = operand.data + (offset[r] + packer.columns[column] * operand.axis[2]) * bytes;
-                for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH_TO_WRITE(at + byte);
-            }
-        }
-    }
+    const int64_t bytes = bytes_of(job.dtype), size = operand.dim * bytes;
+    for (int64_t group = 0; group < packer.frame.row_groups(); ++group)
+        packer.each_source(operand, base, group, [&](int64_t, int64_t place) VICINAL_LAMBDA {
+            for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH_TO_WRITE(operand.data + place * bytes + byte);
+        });
 }
 
 // `head` is a key head, which has one query head here or more; grad_bias only where it has one.

@@ -338,7 +338,7 @@ struct ForwardRun {
 
 // Fetches the lines that a tile will be written to while it is computed.
 VICINAL_INLINE void ask_for_room(const Block& block, const Tile& tile, const Operand& operand, int64_t base) {
-    const int64_t bytes = block.job.dtype == VICINAL_FLOAT32 ? 4 : 2, size = operand.dim * bytes;
+    const int64_t bytes = bytes_of(block.job.dtype), size = operand.dim * bytes;
     block.places(tile, operand.axis, base).each([&](int, int64_t place) VICINAL_LAMBDA {
         for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH_TO_WRITE(operand.data + place * bytes + byte);
     });

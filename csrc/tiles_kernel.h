@@ -178,7 +178,7 @@ struct Block {
 
 // Fetches what the next tile reads of its targets: that beside this one, or the first of the next row.
 VICINAL_INLINE void ask_for_next(const Block& block, const Tile& tile, const Operand& operand, const Places& places) {
-    const int64_t bytes = block.job.dtype == VICINAL_FLOAT32 ? 4 : 2, size = operand.dim * bytes;
+    const int64_t bytes = bytes_of(block.job.dtype), size = operand.dim * bytes;
     int64_t further = places.column * tile.columns();
     if (tile.column.end == block.column.end)
         further = places.row * places.rows - places.column * (tile.column.begin - block.column.begin);
