@@ -8,6 +8,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,21 @@ def test_instruction_set_that_the_machine_lacks_is_refused(forced: Forced) -> No
     query = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ValueError, match=r"isa must not be avx512_bf16: this machine and this build .* have"):
         vicinal.attention(query, query, query, Near(3), backend="cpu")
+
+
+def test_products_in_pairs_are_for_bfloat16_where_they_are_quick() -> None:
+    def usual(dtype: torch.dtype) -> str:
+        query = torch.zeros(1, 56, 56, 2, 32, dtype=dtype)
+        tiles = vicinal.explain(query, query, query, Near(7), backend="cpu").tiles
+        assert tiles is not None
+        return str(tiles["groups"][0]["isa"])
+
+    best = library.load().best_isa
+    without = "avx512" if best == "avx512_bf16" else best
+    assert usual(torch.float32) == without
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        assert usual(torch.bfloat16) == (best if "AuthenticAMD" in cpuinfo.read_text() else without)
 
 
 @pytest.mark.parametrize("variable", ["VICINAL_CPU_STRATEGY", "VICINAL_CPU_ISA"])
