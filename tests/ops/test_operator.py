@@ -270,3 +270,43 @@ def test_flop_counter_that_was_imported_first_knows_the_operators_too() -> None:
     registry = sys.modules["torch.utils.flop_counter"].flop_registry
     for operator in (ops.attend, ops.attend_backward, ops.scores, ops.apply, ops.spread):
         assert operator in registry
+
+
+class Watching(torch.overrides.TorchFunctionMode):
+    """Remembers what was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_whoever_watches_sees_the_operator(needs_grad: bool) -> None:
+    query = torch.randn(1, 6, 6, 1, 8, requires_grad=needs_grad)
+
+    def call() -> torch.Tensor:
+        return vicinal.na2d(query, query, query, 3)
+
+    alone = call()
+    with Watching() as functions:
+        assert torch.equal(call(), alone)
+    assert "vicinal.attend.default" in functions.seen
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() > 0
+    with torch.profiler.profile() as profile:
+        call()
+    assert "vicinal::attend" in {event.key for event in profile.key_averages()}
+
+
+def test_lazy_negatives_are_negated() -> None:
+    complex_part = torch.randn(1, 6, 6, 1, 8, dtype=torch.complex64)
+    query = complex_part.conj().imag
+    assert query.is_neg()
+    plain = -complex_part.imag
+    for _ in range(2):  # the second call skips the checks
+        torch.testing.assert_close(vicinal.na2d(query, query, query, 3), vicinal.na2d(plain, plain, plain, 3))

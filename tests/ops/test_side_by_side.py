@@ -75,4 +75,7 @@ def test_whole_of_refuses_what_is_not_whole():
     assert whole_of([query, key, value.clone()]) is None
     assert whole_of([query[1:], key[1:], value[1:]]).shape == (1, 5, 3, 4, 8)
     assert whole_of([query[:, 1:], key[:, 1:], value[:, 1:]]) is None
-    assert all(room.is_contiguous() for room in empty_beside([query, value]))
+    assert all(
+        room.is_contiguous()
+        for room in empty_beside([query, value], lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from vicinal.ops import backend
 from vicinal.ops.backend import Gradients, Inputs, gradients_through
@@ -98,6 +99,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        # without a keyset the dispatcher was left out
         output: tuple[torch.Tensor, torch.Tensor] = _below_autograd(keyset, arguments)
         *tensors, ctx.layout, ctx.scale, ctx.backend = arguments
         ctx.save_for_backward(*tensors, *output)
@@ -124,7 +126,7 @@ def _is_plain(keyset: Any) -> bool:
 
 
 def _below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> Any:
-    if _is_plain(keyset):
+    if keyset is None or _is_plain(keyset):
         # nothing stands between here and the kernel, neither a mode nor a subclass: a trip through the dispatcher
         # would only turn all arguments into C++ values and back, which takes longer than a tiny problem
         if arguments[-1] == "cpu":  # calls no operation of torch that autograd or autocast could reach into
@@ -140,6 +142,40 @@ def _attend_autograd(keyset: Any, *arguments: Any) -> Any:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return _Attend.apply(keyset, *arguments)
     return _below_autograd(keyset, arguments)
+
+
+_NOBODY_WATCHES = {
+    keys.raw_repr()
+    for plain in (torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect),)
+    for keys in (plain, plain | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView))
+}
+"""What the dispatcher adds to every call where no mode and no transform is active, in inference mode and out of it."""
+
+
+def _may_skip_dispatcher(tensors: Sequence[torch.Tensor | None]) -> bool:
+    return (
+        torch._C._dispatch_tls_local_include_set().raw_repr() in _NOBODY_WATCHES
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and forward_ad._current_level < 0
+        and all(tensor is None or _is_plain(torch._C._dispatch_keys(tensor)) for tensor in tensors)
+    )
+
+
+def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`vicinal::attend`; where nobody watches the operations, without the dispatcher, which takes longer than we do.
+
+    The tensors are plain ones, and autocast is off.
+    """
+    tensors = arguments[:8]
+    results: tuple[torch.Tensor, torch.Tensor]
+    if not _may_skip_dispatcher(tensors):
+        results = torch.ops.vicinal.attend.default(*arguments)
+    elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        results = _Attend.apply(None, *arguments)
+    else:
+        results = _below_autograd(None, arguments)
+    return results
 
 
 def _is_here(tensor: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ with, that copy is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,17 +35,22 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def empty_beside(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def empty_beside(tensors: Sequence[torch.Tensor], empty: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
     """Room for the gradients of tensors: side by side if the tensors are all the parts of one, contiguous otherwise.
 
+    `empty(shape, dtype)` makes a contiguous tensor.
+
     >>> parts = torch.randn(2, 5, 3, 4, 8).unbind(-3)
-    >>> [room.stride() for room in empty_beside(parts)] == [part.stride() for part in parts]
+    >>> [room.stride() for room in empty_beside(parts, lambda shape, dtype: torch.empty(shape, dtype=dtype))] == [
+    ...     part.stride() for part in parts
+    ... ]
     True
     """
-    whole = whole_of(tensors)
+    # parts that are contiguous themselves have nothing beside them but in grids of one token
+    whole = None if tensors[0].is_contiguous() else whole_of(tensors)
     if whole is None:
-        return [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
-    return list(torch.empty(whole.shape, dtype=whole.dtype).unbind(-3))
+        return [empty(tensor.shape, tensor.dtype) for tensor in tensors]
+    return list(empty(whole.shape, whole.dtype).unbind(-3))
 
 
 def whole_of(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:

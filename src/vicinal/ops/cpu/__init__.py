@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vicinal.ops.backend import Backend, Capability, Gradients, Inputs, Problem, register
-from vicinal.ops.cpu import library, record
+from vicinal.ops.cpu import library, memory, record
 from vicinal.ops.packing import Layout, pack_tables
 from vicinal.ops.side_by_side import empty_beside
 from vicinal.ops.tiled.forward import differentiable
@@ -51,12 +51,8 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp."""
     query = inputs.query
     shape = query.shape
-    value_dim = inputs.value.shape[-1]
-    if value_dim == shape[-1] and query.is_contiguous():
-        out = torch.empty_like(query)  # the quickest way
-    else:
-        out = torch.empty((*shape[:-1], value_dim), dtype=query.dtype)
-    lse = torch.empty(shape[:-1], dtype=_wide(query))
+    out = memory.empty((*shape[:-1], inputs.value.shape[-1]), query.dtype)
+    lse = memory.empty(shape[:-1], _wide(query))
     bias, extra_lengths = _bias(inputs), _lengths(inputs)  # held here: the record has only their addresses
     library.call(library.load().attend, _record(inputs, bias, extra_lengths, out, lse))
     return out, lse
@@ -74,13 +70,13 @@ def backward(
     bias, extra_lengths = _bias(inputs), _lengths(inputs)
     given = (inputs.query, inputs.key, inputs.value, bias, inputs.extra_key, inputs.extra_value)
     wanted = [tensor for tensor, need in zip(given[:3], needs, strict=False) if need]
-    beside = iter(empty_beside(wanted) if wanted else ())
+    beside = iter(empty_beside(wanted, memory.empty) if wanted else ())
     grads = [next(beside) if need else None for need in needs[:3]]
     grads += [
         torch.empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else None
         for tensor, need in zip(given[3:], needs[3:], strict=True)
     ]
-    row_sums = torch.empty(lse.shape, dtype=lse.dtype)
+    row_sums = memory.empty(lse.shape, lse.dtype)
     packed = _record(inputs, bias, extra_lengths, out, lse, grad_out, grad_lse, row_sums, *grads)
     library.call(library.load().attend_backward, packed)
     if grads[3] is not None and inputs.bias is not None:

@@ -1,0 +1,152 @@
+"""Results in memory of earlier results: never while anybody can still see them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import vicinal
+from vicinal import Near
+from vicinal.ops import backend
+from vicinal.ops.cpu import memory
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in backend.usable(), reason="the library of CPU kernels was not built on this machine"
+)
+SHAPE = (256, 512)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    memory.forget()
+    yield
+    memory.forget()
+
+
+def address_of_next() -> int:
+    return memory.empty(SHAPE, torch.float32).data_ptr()
+
+
+def test_memory_is_used_again_once_a_result_is_gone() -> None:
+    first = memory.empty(SHAPE, torch.float32)
+    address = first.data_ptr()
+    del first
+    again = memory.empty((512, 128, 2), torch.float32)
+    assert again.data_ptr() == address
+    assert again.shape == (512, 128, 2)
+    assert again.is_contiguous()
+    assert again.untyped_storage().nbytes() == again.nbytes
+
+
+def test_small_results_are_left_to_the_system() -> None:
+    memory.empty((10,), torch.float32)
+    assert not memory._kept.rooms
+
+
+WAYS_TO_SEE: dict[str, Callable[[torch.Tensor], Any]] = {
+    "view": lambda result: result[3:, ::2],
+    "detach": torch.Tensor.detach,
+    "numpy": torch.Tensor.numpy,
+    "storage": torch.Tensor.untyped_storage,
+    "dlpack": torch.utils.dlpack.to_dlpack,
+    "saved": lambda result: torch.ones((), requires_grad=True) * result,
+}
+
+
+@pytest.mark.parametrize("see", WAYS_TO_SEE)
+def test_memory_that_can_be_seen_is_not_used_again(see: str) -> None:
+    result = memory.empty(SHAPE, torch.float32)
+    result.fill_(1.0)
+    address = result.data_ptr()
+    seen = WAYS_TO_SEE[see](result)
+    del result
+    other = memory.empty(SHAPE, torch.float32)
+    assert other.data_ptr() != address
+    del seen
+    assert memory.empty(SHAPE, torch.float32).data_ptr() == address
+
+
+def test_shared_and_resized_memory_is_given_up() -> None:
+    shared = memory.empty(SHAPE, torch.float32).share_memory_()
+    address = shared.data_ptr()
+    del shared
+    assert address_of_next() != address
+    resized = memory.empty(SHAPE, torch.float32)
+    resized.untyped_storage().resize_(0)
+    del resized
+    assert memory.empty(SHAPE, torch.float32).untyped_storage().nbytes() == 4 * 256 * 512
+
+
+def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "most_kept", lambda: 1 << 20)
+    for rows in range(256, 300):
+        memory.empty((rows, 512), torch.float32)
+        held = sum(room.nbytes() for rooms in memory._kept.rooms.values() for room in rooms)
+        assert held == memory._kept.bytes <= 1 << 20
+    assert list(memory._kept.rooms)[-1] == 299 * 512 * 4
+    too_large = memory.empty((1024, 1024), torch.float32)
+    assert too_large.nbytes not in memory._kept.rooms
+
+
+def test_threads_never_get_the_same_memory() -> None:
+    failures = []
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            mine = memory.empty(SHAPE, torch.float32)
+            mine[0, 0] = number
+            other = memory.empty(SHAPE, torch.float32)
+            other[0, 0] = -1.0
+            if mine[0, 0] != number:
+                failures.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_loop_of_training_keeps_its_results_apart() -> None:
+    query, key, value = (torch.randn(1, 40, 40, 2, 32, requires_grad=True) for _ in range(3))
+    pattern = (Near(5), Near(5))
+    with torch.no_grad():
+        expected = vicinal.attention(query, key, value, pattern, backend="reference")
+    outs = []
+    for _ in range(3):
+        out = vicinal.attention(query, key, value, pattern)
+        grads = torch.autograd.grad(out.sum(), (query, key, value))
+        assert len({tensor.data_ptr() for tensor in (out, *grads, *outs)}) == 4 + len(outs)
+        outs.append(out)
+    for out in outs:
+        assert torch.allclose(out, expected, atol=1e-5)
+    addresses = {out.data_ptr() for out in outs}
+    del out, outs
+    with torch.inference_mode():
+        assert vicinal.attention(query, key, value, pattern).data_ptr() in addresses
+    assert not vicinal.attention(query, key, value, pattern).is_inference()
+
+
+@pytest.mark.parametrize(("given", "reason"), [("-1", "-1"), ("many", "many")])
+def test_the_variable_is_checked(given: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VICINAL_CPU_KEEP_MB", given)
+    with pytest.raises(ValueError, match=f"VICINAL_CPU_KEEP_MB must be a whole number of megabytes.*{reason}"):
+        memory.most_kept.__wrapped__()
+
+
+def test_nothing_is_kept_where_nothing_may_be() -> None:
+    program = (
+        "import torch; from vicinal.ops.cpu import memory; "
+        "memory.empty((1024, 1024), torch.float32); print(memory.most_kept(), memory._kept.bytes)"
+    )
+    environment = {**os.environ, "VICINAL_CPU_KEEP_MB": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]
