@@ -26,8 +26,8 @@ def test_calls_take_turns():
 
 
 def test_slow_calls_take_part_in_fewer_rounds_spread_over_all(takes):
-    timings = compare({"slow": takes(0.05), "fast": takes(1e-4)}, seconds=1.0)
-    assert (timings["slow"].median_ms, timings["fast"].median_ms) == (50.0, 0.1)
+    timings = compare({"slow": takes(0.5), "fast": takes(1e-3)}, seconds=10.0)
+    assert (timings["slow"].median_ms, timings["fast"].median_ms) == (500.0, 1.0)
     assert timings["fast"].samples_ms.keys() == set(range(40))
     rounds = list(timings["slow"].samples_ms)
     assert 15 <= len(rounds) <= 20
@@ -41,9 +41,18 @@ def test_total_time_is_bounded(seconds, many, takes):
     each = {f"{took} {number}": took for number in range(many) for took in (1e-5, 1e-3, 0.02, 0.1)}
     timings = compare({name: takes(took) for name, took in each.items()}, seconds=seconds)
     least = sum(took * timing.LEAST_ROUNDS for took in each.values() if took * timing.LEAST_ROUNDS < 2 * seconds)
-    repeats = {name: max(1, timing.SLICE_SECONDS / took) for name, took in each.items()}
+    turn = min(timing.SLICE_SECONDS, seconds / timing.FEW_ROUNDS / len(each))
+    repeats = {name: max(1, turn / took) for name, took in each.items()}
     total = sum(timings[name].rounds * repeats[name] * took for name, took in each.items())
     assert total <= 1.2 * max(seconds, least) + sum(each.values())
+
+
+def test_a_turn_is_the_median_of_its_calls_and_its_first_call_is_told_apart(monkeypatch):
+    times = itertools.cycle([9.0, 1.0, 2.0])
+    monkeypatch.setattr(timing._Clock, "seconds", lambda self, call: next(times))
+    monkeypatch.setattr(timing, "_warm_up", lambda call, clock: timing.SLICE_SECONDS / 3)
+    found = compare({"any": lambda: None}, rounds=4)["any"]
+    assert (found.median_ms, found.first_ms, len(found.firsts_ms)) == (2000.0, 9000.0, 4)
 
 
 def test_a_call_beyond_all_bounds_runs_once(takes):

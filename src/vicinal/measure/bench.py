@@ -199,6 +199,7 @@ def _entry(
         quartiles_ms=(round(low, 4), round(high, 4)),
         best_ms=round(timing.best_ms, 4),
         worst_ms=round(timing.worst_ms, 4),
+        first_ms=None if timing.first_ms is None else round(timing.first_ms, 4),
         rounds=timing.rounds,
         gflops=round(gflops, 2),
         share_of_gemm=None if gemm is None else round(gflops / gemm, 4),

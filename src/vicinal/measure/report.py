@@ -23,6 +23,8 @@ class Entry:
     quartiles_ms: tuple[float, float] | None = None
     best_ms: float | None = None
     worst_ms: float | None = None
+    first_ms: float | None = None
+    """A turn's first call, with the caches full of what the contender before has left there."""
     rounds: int = 0
     gflops: float | None = None
     share_of_gemm: float | None = None

@@ -12,15 +12,21 @@ from typing import Any
 
 import torch
 
-SLICE_SECONDS = 0.004
-"""A call that is shorter than this is repeated within its turn; the turn's result is the median of the repeats."""
+SLICE_SECONDS = 0.05
+"""A call that is shorter than this is repeated within its turn; the turn's result is the median of the repeats.
+
+A turn must be long enough for the median to be a call's own: the first ones find the caches full of what the contender
+before has left there, and for calls on tens of megabytes that takes several calls to wear off.
+"""
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 40
+FEW_ROUNDS = 8
+"""Turns are shortened where fewer rounds than this would fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds per call: one sample for each round the call took part in.
+    """Milliseconds per call: one sample for each round the call took part in, and what its first call there took.
 
     >>> timing = Timing({0: 2.0, 1: 3.0, 2: 10.0})
     >>> timing.median_ms, timing.best_ms, timing.rounds
@@ -29,6 +35,9 @@ class Timing:
 
     samples_ms: Mapping[int, float]
     """Round number -> milliseconds per call in that round."""
+
+    firsts_ms: tuple[float, ...] = ()
+    """The first call of each round, with the caches full of somebody else's data."""
 
     def figures(self) -> dict[str, Any]:
         """Median, quartiles and rounds as a result file holds them.
@@ -48,6 +57,11 @@ class Timing:
     def median_ms(self) -> float:
         """The median over the rounds."""
         return statistics.median(self.samples_ms.values())
+
+    @property
+    def first_ms(self) -> float | None:
+        """The median over the rounds' first calls."""
+        return statistics.median(self.firsts_ms) if self.firsts_ms else None
 
     @property
     def best_ms(self) -> float:
@@ -108,22 +122,25 @@ def compare(
     gc.disable()  # a collection in the middle of one call would be charged to it
     try:
         first = {name: _warm_up(call, clock) for name, call in calls.items()}
-        repeats = {name: max(1, math.ceil(SLICE_SECONDS / max(took, 1e-6))) for name, took in first.items()}
+        turn = SLICE_SECONDS if rounds is not None else min(SLICE_SECONDS, seconds / (FEW_ROUNDS * len(calls)))
+        repeats = {name: max(1, math.ceil(turn / max(took, 1e-6))) for name, took in first.items()}
         turns = {name: repeats[name] * took for name, took in first.items()}
         takes = _shares(turns, seconds) if rounds is None else dict.fromkeys(calls, rounds)
         total = max(takes.values())
         samples: dict[str, dict[int, float]] = {name: {} for name in calls}
+        firsts: dict[str, list[float]] = {name: [] for name in calls}
         for number in range(total):
             for name, call in calls.items():
                 if number * takes[name] // total != (number + 1) * takes[name] // total:
                     times = [clock.seconds(call) for _ in range(repeats[name])]
                     samples[name][number] = 1e3 * statistics.median(times)
+                    firsts[name].append(1e3 * times[0])
             if progress is not None:
                 progress(number + 1, total)
     finally:
         if was_enabled:
             gc.enable()
-    return {name: Timing(rounds_of) for name, rounds_of in samples.items()}
+    return {name: Timing(rounds_of, tuple(firsts[name])) for name, rounds_of in samples.items()}
 
 
 def _warm_up(call: Callable[[], Any], clock: _Clock) -> float:
