@@ -34,8 +34,17 @@ struct Frame {
 };
 
 // The part of a frame that is packed at a time: row groups counted over all planes, and columns.
+//
+// Targets are visited row by row, so a panel need not hold all row groups of a plane: with a ring it has room for as many
+// as a row of tiles sees, and a group takes the place of one that no further row sees.
 struct Chunk {
     int64_t group_begin, group_end, column_begin, column_end;
+    int64_t ring;  // row groups of a plane that there is room for; 0: for all
+
+    VICINAL_INLINE int64_t place_of(int64_t plane, int64_t group_of_plane, int64_t group) const {
+        return ring ? plane * ring + group_of_plane % ring : group;
+    }
+    VICINAL_INLINE int64_t places(int64_t planes) const { return ring ? planes * ring : group_end - group_begin; }
 };
 
 struct Panel {
@@ -266,11 +275,11 @@ struct Packer {
     }
 };
 
-// Floats of one channel of a row group: the columns, and a rim to reach over. Not a multiple of 512 bytes, so that
-// channels do not fall on the same sets of the cache.
+// Floats of one channel of a row group: the columns, and a rim to reach over. An odd number of cache lines, so that
+// channels fall on all sets of the cache alike.
 VICINAL_INLINE int64_t panel_width(int64_t columns, int R, int C) {
-    const int64_t width = round_up((columns + C - 1) * R, 16);
-    return width % 128 ? width : width + 16;
+    const int64_t lines = ((columns + C - 1) * R + 15) / 16;
+    return (lines | 1) * 16;
 }
 
 }  // namespace

@@ -12,6 +12,9 @@
 #else
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace vicinal {
 namespace {
@@ -26,12 +29,21 @@ std::atomic<bool> is_forked_child{false};
 [[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 #endif
 
+// A panel of half a megabyte is read all over for every tile. Its 128 pages of 4 KB are more than a first-level TLB knows;
+// where the system can, it lies in one large page.
+constexpr size_t LARGE_PAGE = 2 << 20, LEAST_IN_LARGE_PAGES = 256 << 10;
+
 void* allocate(size_t bytes) {
 #if defined(_WIN32)
     void* memory = _aligned_malloc(bytes, ALIGNMENT);
 #else
     void* memory = nullptr;
-    if (posix_memalign(&memory, ALIGNMENT, bytes)) memory = nullptr;
+    const bool is_large = bytes >= LEAST_IN_LARGE_PAGES;
+    if (is_large) bytes = (bytes + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+    if (posix_memalign(&memory, is_large ? LARGE_PAGE : ALIGNMENT, bytes)) memory = nullptr;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (is_large && memory) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
 #endif
     if (!memory) throw std::bad_alloc();
     return memory;

@@ -34,7 +34,8 @@ const TileKernels* kernels_for(const Problem& problem) {
 std::vector<int64_t> fingerprint(const std::vector<Member>& members, const Group& group, Direction direction,
                                  const PlanRequest& request) {
     std::vector<int64_t> numbers = {direction,        request.lanes,  request.pair, request.key_dim, request.value_dim,
-                                    request.floats,   request.copies, group.takes_bias};
+                                    request.floats,   request.copies, group.takes_bias,
+                                    request.token_bytes};
     for (int a = 0; a < AXES; ++a) {
         numbers.push_back(request.sources[a]);
         numbers.push_back(request.targets[a]);
@@ -236,6 +237,7 @@ std::vector<std::unique_ptr<Work>> all_work(const Problem& problem, Direction di
             request.key_dim = call.head_dim;
             request.value_dim = call.value_dim;
             request.floats = (call.head_dim + call.value_dim) * (direction == FORWARD ? 1 : 2) / kernels->pair;
+            request.token_bytes = call.heads * call.head_dim * problem.element_bytes;
             request.copies = work->samples * work->heads;
             request.wants_closed = direction == CLOSED;
             for (int a = 0; a < AXES; ++a) {

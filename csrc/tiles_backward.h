@@ -202,7 +202,7 @@ void grad_query_unit(const Job& job, const Unit& unit, int64_t sample, int64_t h
         Sources sources;
         lists.open(list, sources);
         const bool has_bias = bias.data && !sources.is_extra;
-        each_chunk<S>(sources, job.panel_bytes, packing.floats<S>(), [&](const Chunk& chunk) {
+        each_chunk<S>(block, sources, packing.floats<S>(), [&](const Chunk& chunk) {
             Filler<S> filler(job, sources, chunk, packing, workspace);
             Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
             const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
@@ -342,7 +342,7 @@ void grad_key_value_unit(const Job& job, const Unit& unit, int64_t sample, int64
         const BiasTable bias = bias_of<S>(job, q_head - job.first_head, workspace);
         for (int list = 0; list < job.num_sources; ++list) {
             open_sources<S>(block, list, sources);
-            each_chunk<S>(sources, job.panel_bytes, floats, [&](const Chunk& chunk) {
+            each_chunk<S>(block, sources, floats, [&](const Chunk& chunk) {
                 Filler<S> filler(job, sources, chunk, packing, workspace);
                 Walk<S> walk(block, sources, chunk, bias, false, bias_room, workspace);
                 const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {

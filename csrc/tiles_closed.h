@@ -128,7 +128,7 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     Sources sources;
     open_sources<S>(block, 0, sources);
     const Frame& f = sources.frame;
-    const Chunk chunk{0, f.row_groups(), f.column_begin, f.column_end};
+    const Chunk chunk{0, f.row_groups(), f.column_begin, f.column_end, 0};
     Filler<S> filler(job, sources, chunk, packing, workspace);
     const Panel& panel = filler.panel;
     const int64_t places = f.row_groups() * panel.width;

@@ -105,7 +105,7 @@ struct Filler {
         constexpr int W = S::LANES;
         const int64_t groups = chunk.group_end - chunk.group_begin;
         panel.width = packer.width;
-        const int64_t size = groups * panel.width;
+        const int64_t size = chunk.places(sources.frame.plane_end - sources.frame.plane_begin) * panel.width;
         Arena arena{static_cast<char*>(
             workspace.get(PANEL, (size * packing.template floats<S>() + 8 * W) * 4 + groups + 64 * 9))};
         for (int i = 0; i < 2; ++i) {
@@ -122,8 +122,8 @@ struct Filler {
         return panel_width(c.column_end - c.column_begin, sources.frame.R, sources.frame.C);
     }
 
-    VICINAL_APART void pack(int64_t group) {
-        const int64_t place = group * panel.width;
+    VICINAL_APART void pack(const SeenRow& seen) {
+        const int64_t group = seen.group, place = seen.place * panel.width;
         is_packed[group] = true;
         for (int i = 0; i < 2; ++i) {
             const int64_t dim = packing.operand[i].dim;
@@ -144,7 +144,7 @@ struct Filler {
         for (int64_t i = 0; i < walk.num_rows; ++i) {
             if (is_packed[walk.rows[i].group]) continue;
             for (asked = most(asked, i); asked < least(i + 2, walk.num_rows); ++asked) ask_for(walk.rows[asked].group);
-            pack(walk.rows[i].group);
+            pack(walk.rows[i]);
         }
     }
 
@@ -157,9 +157,9 @@ struct Filler {
 };
 
 template <class S, class Visit>
-inline void each_chunk(const Sources& sources, int64_t panel_bytes, int64_t floats, const Visit& visit) {
+inline void each_chunk(const Block& block, const Sources& sources, int64_t floats, const Visit& visit) {
     const Frame& f = sources.frame;
-    const Cut cut = cut_sources(f, panel_bytes, floats);
+    const Cut cut = cut_sources(block, sources, block.job.panel_bytes, floats);
     for (int64_t g = 0; g < cut.group_chunks; ++g)
         for (int64_t c = 0; c < cut.column_chunks; ++c) {
             Chunk chunk;
@@ -167,6 +167,7 @@ inline void each_chunk(const Sources& sources, int64_t panel_bytes, int64_t floa
             chunk.group_end = least(chunk.group_begin + cut.groups, f.row_groups());
             chunk.column_begin = f.column_begin + c * cut.columns;
             chunk.column_end = least(chunk.column_begin + cut.columns, f.column_end);
+            chunk.ring = cut.ring;
             visit(chunk);
         }
 }
@@ -202,7 +203,7 @@ struct KeyLists {
         Sources sources;
         for (int list = 0; list < count(); ++list) {
             open(list, sources);
-            const Cut cut = cut_sources(sources.frame, block.job.panel_bytes, packing.template floats<S>());
+            const Cut cut = cut_sources(block, sources, block.job.panel_bytes, packing.template floats<S>());
             total += cut.group_chunks * cut.column_chunks;
         }
         return total;
@@ -432,7 +433,7 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
         Sources sources;
         lists.open(list, sources);
         const bool has_bias = bias.data && !sources.is_extra;
-        each_chunk<S>(sources, job.panel_bytes, packing.floats<S>(), [&](const Chunk& chunk) {
+        each_chunk<S>(block, sources, packing.floats<S>(), [&](const Chunk& chunk) {
             Filler<S> filler(job, sources, chunk, packing, workspace);
             Walk<S> walk(block, sources, chunk, bias, true, nullptr, workspace);
             const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {

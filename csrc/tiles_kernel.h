@@ -270,15 +270,35 @@ VICINAL_INLINE void open_extra(int64_t tokens, Sources& to) {
 
 // How much of a list of sources goes into the panel at once, `floats` per source.
 struct Cut {
-    int64_t groups, columns;
+    int64_t groups, columns, ring;
     int64_t group_chunks, column_chunks;
 };
 
-VICINAL_INLINE Cut cut_sources(const Frame& frame, int64_t panel_bytes, int64_t floats) {
+// The most row groups of a plane that a row of tiles sees.
+inline int64_t groups_in_sight(const Block& block, const Sources& sources) {
+    const Frame& f = sources.frame;
+    int64_t in_sight = 1;
+    for (int32_t tile = block.row_tiles.begin; tile < block.row_tiles.end; ++tile) {
+        const Run run = block.unit.axis[1]->tiles[tile];
+        const int64_t low = sources.low(1, run.begin) - f.row_origin, high = sources.high(1, run.end - 1) - f.row_origin;
+        in_sight = most(in_sight, (high + f.R - 1) / f.R - low / f.R);
+    }
+    return in_sight;
+}
+
+inline Cut cut_sources(const Block& block, const Sources& sources, int64_t panel_bytes, int64_t floats) {
     Cut cut;
+    const Frame& frame = sources.frame;
     const int64_t columns = frame.column_end - frame.column_begin, groups = frame.row_groups();
     const int64_t room = most(panel_bytes / (4 * floats), 64);  // sources
     cut.columns = columns;
+    cut.ring = 0;
+    const int64_t width = panel_width(most(columns, 1), frame.R, frame.C);
+    // a further plane of targets would need again what the ring has lost
+    if (groups * width > room && block.plane.end - block.plane.begin == 1) {
+        const int64_t ring = groups_in_sight(block, sources);
+        if ((frame.plane_end - frame.plane_begin) * ring * width <= room) return {groups, columns, ring, 1, 1};
+    }
     if (panel_width(columns, frame.R, frame.C) > room)
         cut.columns = most(round_up(room / frame.R - frame.C, frame.C) - frame.C, frame.C);
     cut.columns = least(round_up(cut.columns, 2), columns);  // a chunk begins where a unit does
@@ -304,7 +324,8 @@ constexpr int MOST_KEPT = 8;  // vectors of a row of a tile whose masks are reme
 // as a tile has columns.
 struct SeenRow {
     int64_t plane, row;  // in steps
-    int64_t group;       // within the panel
+    int64_t group;       // within the chunk
+    int64_t place;       // within the panel
     uint32_t any;
     uint32_t lanes[MOST_TARGETS];
 };
@@ -414,6 +435,7 @@ struct Walk {
                 seen.plane = plane;
                 seen.row = f.row_origin + group * f.R;
                 seen.group = base + group - chunk.group_begin;
+                seen.place = chunk.place_of(plane - f.plane_begin, group, seen.group);
                 seen.any = 0;
                 for (int32_t r = tile.row.begin; r < tile.row.end; ++r) {
                     const uint32_t mask = row_lanes(sources.low(1, r), sources.high(1, r), seen.row);
@@ -493,7 +515,7 @@ struct Walk {
                 if (has_earlier) any = without_earlier(tile, pass.seen[n], down.plane, down.row, column);
                 if (!any) continue;
                 pass.any[n] = any;
-                pass.group[n] = down.group;
+                pass.group[n] = down.place;
                 pass.at[n] = (column - chunk.column_begin) * f.R;
                 if (has_bias) {
                     if (block.job.center[0])

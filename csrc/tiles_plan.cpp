@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t PANEL_BYTES = 448 << 10;  // of a second-level cache of half a megabyte and more
 constexpr int64_t CLOSED_BYTES = 1 << 20;  // of a unit that shares no source: panel and sums together
 constexpr int64_t STATE_BYTES = 256 << 10;
+constexpr double REACH_BYTES = 4352 << 10;  // about half of what a second-level TLB knows, in pages of 4 KB; fitted
 constexpr int64_t EVEN_SHARES = 8;  // units should come out even on so many threads; not on the threads there are,
                                     // so that results do not depend on them
 
@@ -233,16 +234,21 @@ std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles
 struct BlockSize {
     int64_t most;
     double blocks, sources, widest, targets;
+    double in_sight;  // sources that a tile sees, the vectors' own rims included
 };
 
-std::vector<BlockSize> block_sizes(const ClassView& view, const std::vector<Run>& tiles, Ends ends) {
+std::vector<BlockSize> block_sizes(const ClassView& view, const Cutting& cutting, Ends ends) {
+    const std::vector<Run> tiles = cut_class(view, cutting);
+    double in_sight = 0;
+    for (const auto& kind : kinds_of(view, cutting, tiles))
+        in_sight = std::max<double>(in_sight, static_cast<double>(kind.first.second * cutting.unit));
     std::vector<BlockSize> sizes;
     int64_t last = -1;
     for (int64_t pieces : {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 4096}) {
         const int64_t most = ceil_div(view.targets, pieces);
         if (most == last) continue;
         last = most;
-        BlockSize size{most, 0, 0, 0, 0};
+        BlockSize size{most, 0, 0, 0, 0, in_sight};
         for (const Run& block : join_tiles(view, tiles, most, ends)) {
             const int64_t begin = tiles[block.begin].begin, end = tiles[block.end - 1].end;
             double sources = 0;
@@ -272,8 +278,12 @@ Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>*
         for (const BlockSize& b : sizes[1])
             for (const BlockSize& c : sizes[2]) {
                 const double blocks = a.blocks * b.blocks * c.blocks, targets = a.targets * b.targets * c.targets;
-                const double bytes = a.widest * b.widest * c.widest * request.floats * 4;
+                // where there is one plane of targets, a panel need not hold more rows than a row of tiles sees
+                const double rows = a.targets > 1 ? b.widest : std::min(b.widest, b.in_sight);
+                const double bytes = a.widest * rows * c.widest * request.floats * 4;
                 double cost = a.sources * b.sources * c.sources * pack + blocks * 600;
+                // heads take turns in a block, on the same pages
+                if ((a.widest * b.widest * c.widest + targets) * 2 * request.token_bytes > REACH_BYTES) cost *= 3;
                 if (bytes > PANEL_BYTES) {
                     if (targets * state > STATE_BYTES) continue;
                     cost += blocks * targets * std::ceil(bytes / PANEL_BYTES) * (request.value_dim / 4.0 + 40);
@@ -435,7 +445,7 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     const ClassView* firsts[AXES] = {&planes, &rows, &columns};
     double classes = 1;
     for (int a = 0; a < AXES; ++a) {
-        sizes[a] = block_sizes(*firsts[a], cut_class(*firsts[a], cuts[a]), ends[a]);
+        sizes[a] = block_sizes(*firsts[a], cuts[a], ends[a]);
         classes *= static_cast<double>(std::min(step[a], request.targets[plan->order[a]]));
     }
     double seen_planes = 0;

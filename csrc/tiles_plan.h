@@ -31,6 +31,7 @@ struct PlanRequest {
     int pair;                    // numbers in a unit
     int64_t key_dim, value_dim;  // channels of a score, and of a weighted sum
     int64_t floats;              // packed per source
+    int64_t token_bytes;         // from one target or source to the next, in memory
     int64_t copies;              // batch times heads: how often the units are run
     bool wants_closed;           // units should share no source
 };
