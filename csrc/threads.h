@@ -15,7 +15,7 @@ namespace vicinal {
 void parallel_for(int64_t count, int64_t threads, const std::function<void(int64_t)>& work);
 
 // Memory of the calling thread, at least so many bytes, aligned to 64; kept for the next call. The first 64 bytes are
-// zero when it is new, the rest is arbitrary.
+// zero when it is new, the rest is what earlier calls left: floats, never denormal ones but those of the tensors.
 // `slot` tells apart pieces that are held at the same time.
 void* workspace(int slot, size_t bytes);
 size_t workspace_bytes();

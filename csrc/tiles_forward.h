@@ -107,14 +107,14 @@ struct Filler {
         panel.width = packer.width;
         const int64_t size = chunk.places(sources.frame.plane_end - sources.frame.plane_begin) * panel.width;
         Arena arena{static_cast<char*>(
-            workspace.get(PANEL, (size * packing.template floats<S>() + 8 * W) * 4 + groups + 64 * 9))};
+            workspace.get(PANEL, (size * packing.template floats<S>() + 8 * W) * 4 + 64 * 8))};
         for (int i = 0; i < 2; ++i) {
             const int64_t dim = packing.operand[i].dim;
             panel.transposed[i] = packing.transposed[i] ? arena.take<float>(size * units_of<S>(dim) + W) : nullptr;
             panel.rows[i] = packing.rows[i] ? arena.take<float>(size / S::PAIR * round_up(dim, W)) : nullptr;
             panel.lanes[i] = packing.lanes ? arena.take<float>(size + W) : nullptr;
         }
-        is_packed = arena.take<bool>(groups);
+        is_packed = static_cast<bool*>(workspace.get(PACKED, groups));
         for (int64_t group = 0; group < groups; ++group) is_packed[group] = false;
     }
 

@@ -14,7 +14,7 @@
 namespace vicinal {
 namespace {
 
-enum Slot { PANEL, STATE, SCRATCH, BIAS, WALK };
+enum Slot { PANEL, STATE, SCRATCH, BIAS, WALK, PACKED };
 
 // A head's bias table as vectors of sources read it, times log2(e): [plane][row - R + 1 ...][column - C ...][row of R],
 // reversed on every axis where targets are keys.
