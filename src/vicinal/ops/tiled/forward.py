@@ -30,7 +30,7 @@ def can_fuse(part: Part) -> bool:
     )
 
 
-def _fused_tiles(
+def fused_tiles(
     part: Part,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -108,7 +108,7 @@ def _by_chunks(part: Part, plan: MemberPlan, out: RowSums, lse: RowSums) -> None
         added = added_to_scores(part, tiles, chunk, unit=1.0 if is_fused else LOG2_E)
         blind = may_be_blind(part, tiles)
         if is_fused:
-            tile_out, tile_lse = _fused_tiles(part, *inputs, added, may_be_blind=blind)
+            tile_out, tile_lse = fused_tiles(part, *inputs, added, may_be_blind=blind)
         else:
             query, key, value = inputs if is_exact else (tensor.to(part.compute_dtype) for tensor in inputs)
             tile_out, tile_lse = _multiplied_tiles(part, query, key, value, added, may_be_blind=blind)
