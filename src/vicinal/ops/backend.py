@@ -146,8 +146,8 @@ class Keeping:
     """A forward that keeps tensors for the backward, and the backward that takes them.
 
     `forward` returns the output, the log-sum-exp and what it keeps; nothing, an empty tuple, for problems of which it
-    keeps nothing, whose gradients are then the business of `Backend.backward`. `backward` takes the inputs, what was kept,
-    the gradients of both results (either may be None), and which gradients are needed.
+    keeps nothing, whose gradients are then the business of `Backend.backward`. `backward` takes the inputs, what was
+    kept, the gradients of both results (either may be None), and which gradients are needed.
     """
 
     forward: Callable[[Inputs], tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]]

@@ -1,53 +1,56 @@
 """Plain calls: one pattern for all heads and nothing besides it but a bias, in as few operations as can be.
 
-On a small grid a call's operations take less time than what Python does between them. So whatever does not depend on the
-tensors is worked out once for a problem. And where the weights of all tiles are small, a backward gets them from the
-forward instead of computing them again.
+On a small grid a call's operations take less time than what Python does between them. So whatever does not depend on
+the tensors is worked out once for a problem. And what a backward would have to compute again is kept for it where it is
+small.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
 
 from vicinal.ops.backend import Gradients, Inputs
 from vicinal.ops.tiled.backward import add_bias_gradient
-from vicinal.ops.tiled.forward import LOG2_E, can_fuse, fused_tiles, may_be_blind
+from vicinal.ops.tiled.forward import LOG2_E, can_fuse, fused_tiles, may_be_blind, tile_weights
 from vicinal.ops.tiled.forward import forward as general_forward
-from vicinal.ops.tiled.parts import Part, added_to_scores, as_rows, chunks, host_rows, tile_inputs, tile_queries
+from vicinal.ops.tiled.parts import (
+    Part,
+    added_to_scores,
+    as_rows,
+    chunks,
+    host_rows,
+    tile_inputs,
+    tile_keys,
+    tile_queries,
+)
 from vicinal.ops.tiled.plan import plan_row
 from vicinal.ops.tiled.rows import GroupHeads, RowSums, group_heads
 from vicinal.ops.tiled.tiles import Chunk, TileSet
 
-MOST_KEPT_BYTES = 20 << 20
-"""Weights of one call that are kept for its backward; where they are larger, it computes them again."""
+MOST_KEPT_BYTES = 24 << 20
+"""What a call may keep for its backward: weights and copies of all tiles, or else the weights, or else nothing."""
 
-LEAST_TOTAL = 2.0**-60
-"""A row whose weights, relative to its tile's largest, sum to less is computed relative to its own largest."""
+
+MOST_BY_PRODUCTS = 6000
+"""Scores of a tile up to which batched products take less time than torch's fused kernel."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plain:
-    """What there is to know of a plain problem before its tensors come."""
+    """What there is to know of a plain problem before its tensors come.
+
+    Of each chunk's weights, queries, keys and values the first `keeps` are kept for the backward: all, one or none.
+    """
 
     samples: int
     heads: GroupHeads
     tiles: TileSet
     chunks: Sequence[Chunk]
-
-    @property
-    def is_short(self) -> bool:
-        """Whether rows are so short that the largest score of a tile is found sooner than those of its rows."""
-        return self.tiles.keys < 64 and not self.tiles.needs_mask and not self.tiles.takes_bias
-
-    @property
-    def weights_bytes(self) -> int:
-        """What the weights of all tiles take in float32."""
-        return 4 * self.samples * self.heads.count * self.tiles.num_tiles * self.tiles.queries * self.tiles.keys
+    keeps: int
 
 
 def find(inputs: Inputs, *, bounded: bool) -> Plain | None:
@@ -86,7 +89,12 @@ def _find(
     found = list(chunks(part, tiles))
     if any(not chunk.query.lasts or chunk.padding is not None for chunk in found):
         return None
-    return Plain(shape[0], heads, tiles, found)
+    tile_heads = shape[0] * tiles.num_tiles * len(heads.key) * dtype.itemsize
+    queries = heads.shared * tiles.queries
+    weights = tile_heads * queries * tiles.keys
+    copies = tile_heads * (queries * shape[-1] + tiles.keys * (shape[-1] + value_dim))
+    keeps = 4 if weights + copies <= MOST_KEPT_BYTES else int(weights <= MOST_KEPT_BYTES)
+    return Plain(shape[0], heads, tiles, found, keeps)
 
 
 def _part(inputs: Inputs, plain: Plain) -> Part:
@@ -97,47 +105,25 @@ def _part(inputs: Inputs, plain: Plain) -> Part:
     return Part(*rows, plain.samples, plain.heads, bias, None, None, inputs.scale)
 
 
-def weights_of_tiles(
-    part: Part, query: torch.Tensor, key: torch.Tensor, added: torch.Tensor | None, *, by_row: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights of each tile and the log-sum-exp of its scores, in few passes.
-
-    The largest score of a row takes long to find where rows are short, that of a tile does not; but it serves only
-    where no row is so far below that its weights vanish.
-    """
-    blank = query.new_empty(())
-    scores = torch.baddbmm(blank, query, key.transpose(1, 2), beta=0, alpha=part.scale * LOG2_E)
-    if added is not None:
-        part.by_head(scores).add_(added)
-    top = scores.amax(-1 if by_row else (1, 2), keepdim=True)
-    if by_row:
-        top.masked_fill_(top == -math.inf, 0.0)
-    weights = scores.sub_(top).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    if not by_row and not float(total.min()) > LEAST_TOTAL:
-        return weights_of_tiles(part, query, key, added, by_row=True)
-    lse = total.log().add_(top, alpha=1 / LOG2_E)
-    if by_row:
-        total.masked_fill_(total == 0, 1.0)
-    return weights.mul_(total.reciprocal_()), lse
-
-
 def _attend(inputs: Inputs, plain: Plain, kept: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; the weights of all tiles are put in `kept`, where there is such a list."""
+    """Output and log-sum-exp; what the backward wants is put in `kept`, where there is such a list."""
     part, tiles = _part(inputs, plain), plain.tiles
     out = RowSums(part.query, (len(part.query), part.value_dim), part.compute_dtype, come_once=True)
     lse = RowSums(part.query, (len(part.query),), part.compute_dtype, come_once=True)
-    is_fused = kept is None and can_fuse(part) and not plain.is_short
+    is_fused = kept is None and can_fuse(part) and tiles.queries * tiles.keys > MOST_BY_PRODUCTS
     for chunk in plain.chunks:
-        query, key, value = tile_inputs(part, tiles, chunk)
+        query = tile_queries(part.query, part, tiles, chunk)
+        key = tile_keys(part.key, None, part, tiles, chunk)
         added = added_to_scores(part, tiles, chunk, unit=1.0 if is_fused else LOG2_E)
         if is_fused:
+            value = tile_keys(part.value, None, part, tiles, chunk)
             tile_out, tile_lse = fused_tiles(part, query, key, value, added, may_be_blind=may_be_blind(part, tiles))
         else:
-            weights, tile_lse = weights_of_tiles(part, query, key, added, by_row=not plain.is_short)
+            weights, tile_lse = tile_weights(part, query, key, added, may_be_blind=may_be_blind(part, tiles))
+            value = tile_keys(part.value, None, part, tiles, chunk)  # only now: it is still in cache when it is read
             tile_out = torch.bmm(weights, value)
             if kept is not None:
-                kept.append(weights)
+                kept += (weights, query, key, value)[: plain.keeps]
         out.add(chunk.query, tile_out.reshape(-1, part.value_dim))
         lse.add(chunk.query, tile_lse.reshape(-1))
     shape = inputs.query.shape[:-1]
@@ -151,9 +137,9 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forward_keeping(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Output, log-sum-exp, and the weights of all tiles for `backward_from_kept`; none where they are not to be kept."""
+    """Output, log-sum-exp, and what `backward_from_kept` wants; nothing where that would be too large."""
     plain = find(inputs, bounded=True)
-    if plain is None or plain.weights_bytes > MOST_KEPT_BYTES:
+    if plain is None or not plain.keeps:
         return (*forward(inputs), ())
     kept: list[torch.Tensor] = []
     return (*_attend(inputs, plain, kept), tuple(kept))
@@ -166,7 +152,7 @@ def backward_from_kept(
     grad_lse: torch.Tensor | None,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of everything asked for from the weights of all tiles."""
+    """Gradients of everything asked for, from what `forward_keeping` kept."""
     plain = find(inputs, bounded=True)
     assert plain is not None
     part, tiles = _part(inputs, plain), plain.tiles
@@ -178,8 +164,9 @@ def backward_from_kept(
         for rows, need in zip((part.query, part.key, part.value), needs, strict=False)
     ]
     bias = None if part.bias is None or not needs[3] else torch.zeros_like(part.bias).flatten(1)
-    for chunk, weights in zip(plain.chunks, kept, strict=True):
-        query, key, value = tile_inputs(part, tiles, chunk)
+    for number, chunk in enumerate(plain.chunks):
+        weights, *copies = kept[number * plain.keeps : (number + 1) * plain.keeps]
+        query, key, value = copies or tile_inputs(part, tiles, chunk)
         grad = tile_queries(grad_rows, part, tiles, chunk)
         if sums[2] is not None:
             sums[2].add(chunk.key, torch.bmm(weights.transpose(1, 2), grad).view(-1, part.value_dim))
