@@ -29,11 +29,10 @@ from vicinal.ops.tiled.parts import (
 )
 from vicinal.ops.tiled.plan import plan_row
 from vicinal.ops.tiled.rows import GroupHeads, RowSums, group_heads
-from vicinal.ops.tiled.tiles import Chunk, TileSet
+from vicinal.ops.tiled.tiles import TileSet
 
 MOST_KEPT_BYTES = 24 << 20
 """What a call may keep for its backward: weights and copies of all tiles, or else the weights, or else nothing."""
-
 
 MOST_BY_PRODUCTS = 6000
 """Scores of a tile up to which batched products take less time than torch's fused kernel."""
@@ -49,7 +48,6 @@ class Plain:
     samples: int
     heads: GroupHeads
     tiles: TileSet
-    chunks: Sequence[Chunk]
     keeps: int
 
 
@@ -84,17 +82,14 @@ def _find(
         return None
     (tiles,) = members[0].sets
     (heads,) = group_heads((shape[-2],), key_shape[-2])
-    blank = torch.empty(0, shape[-1], dtype=dtype, device=device)
-    part = Part(blank, blank, blank.new_empty(0, value_dim), shape[0], heads, None, None, None, 1.0)
-    found = list(chunks(part, tiles))
-    if any(not chunk.query.lasts or chunk.padding is not None for chunk in found):
+    if tiles.has_padding:
         return None
     tile_heads = shape[0] * tiles.num_tiles * len(heads.key) * dtype.itemsize
     queries = heads.shared * tiles.queries
     weights = tile_heads * queries * tiles.keys
     copies = tile_heads * (queries * shape[-1] + tiles.keys * (shape[-1] + value_dim))
     keeps = 4 if weights + copies <= MOST_KEPT_BYTES else int(weights <= MOST_KEPT_BYTES)
-    return Plain(shape[0], heads, tiles, found, keeps)
+    return Plain(shape[0], heads, tiles, keeps)
 
 
 def _part(inputs: Inputs, plain: Plain) -> Part:
@@ -111,7 +106,7 @@ def _attend(inputs: Inputs, plain: Plain, kept: list[torch.Tensor] | None = None
     out = RowSums(part.query, (len(part.query), part.value_dim), part.compute_dtype, come_once=True)
     lse = RowSums(part.query, (len(part.query),), part.compute_dtype, come_once=True)
     is_fused = kept is None and can_fuse(part) and tiles.queries * tiles.keys > MOST_BY_PRODUCTS
-    for chunk in plain.chunks:
+    for chunk in chunks(part, tiles):
         query = tile_queries(part.query, part, tiles, chunk)
         key = tile_keys(part.key, None, part, tiles, chunk)
         added = added_to_scores(part, tiles, chunk, unit=1.0 if is_fused else LOG2_E)
@@ -160,11 +155,11 @@ def backward_from_kept(
         grad_out = part.query.new_zeros(len(part.query), part.value_dim)
     grad_rows, blank = as_rows(grad_out), part.query.new_empty(())
     sums = [
-        RowSums(rows, tuple(rows.shape), rows.dtype, come_once=rows is part.query) if need else None
-        for rows, need in zip((part.query, part.key, part.value), needs, strict=False)
+        RowSums(rows, tuple(rows.shape), rows.dtype, come_once=place == 0) if needs[place] else None
+        for place, rows in enumerate((part.query, part.key, part.value))
     ]
     bias = None if part.bias is None or not needs[3] else torch.zeros_like(part.bias).flatten(1)
-    for number, chunk in enumerate(plain.chunks):
+    for number, chunk in enumerate(chunks(part, tiles)):
         weights, *copies = kept[number * plain.keeps : (number + 1) * plain.keeps]
         query, key, value = copies or tile_inputs(part, tiles, chunk)
         grad = tile_queries(grad_rows, part, tiles, chunk)
