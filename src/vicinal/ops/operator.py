@@ -103,12 +103,12 @@ class _Attend(torch.autograd.Function):
         kept: tuple[torch.Tensor, ...] = ()
         if keeping is not None and _is_plain(keyset):
             with below_autocast(), torch._C._AutoDispatchBelowAutograd():
-                *output, kept = keeping.forward(_inputs(tensors, ctx.layout, ctx.scale))
+                out, lse, kept = keeping.forward(_inputs(tensors, ctx.layout, ctx.scale))
         else:
-            output = _below_autograd(keyset, arguments)
-        ctx.save_for_backward(*tensors, *output, *kept)
+            out, lse = _below_autograd(keyset, arguments)
+        ctx.save_for_backward(*tensors, out, lse, *kept)
         ctx.set_materialize_grads(False)
-        return tuple(output)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
