@@ -1,8 +1,9 @@
 """The portable back end: tiles of queries against the keys they need, in plain torch operations.
 
 Every tile gathers its queries and the interval of keys that covers what they see, in batches ("chunks") small
-enough to stay in cache, so memory grows with tokens times window and no copy of the whole input is made. On CPU a
-chunk goes through torch's own fused attention where that can take it; otherwise through batched matrix products.
+enough to stay in cache, so memory grows with tokens times window and no copy of the whole input is made. On CPU
+chunks of large tiles go through torch's own fused attention where that can take them; others through batched matrix
+products. Plain calls (`plain`) take a shorter way.
 """
 
 from __future__ import annotations

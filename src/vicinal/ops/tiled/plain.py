@@ -31,7 +31,7 @@ from vicinal.ops.tiled.plan import plan_row
 from vicinal.ops.tiled.rows import GroupHeads, RowSums, group_heads
 from vicinal.ops.tiled.tiles import TileSet
 
-MOST_KEPT_BYTES = 24 << 20
+MOST_KEPT_BYTES = 32 << 20
 """What a call may keep for its backward: weights and copies of all tiles, or else the weights, or else nothing."""
 
 MOST_BY_PRODUCTS = 6000
