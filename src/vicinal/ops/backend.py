@@ -141,6 +141,21 @@ Backward = Callable[
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Keeping:
+    """A forward that keeps tensors for the backward, and the backward that takes them.
+
+    `forward` returns the output, the log-sum-exp and what it keeps; nothing, an empty tuple, for problems of which it
+    keeps nothing, whose gradients are then the business of `Backend.backward`. `backward` takes the inputs, what was
+    kept, the gradients of both results (either may be None), and which gradients are needed.
+    """
+
+    forward: Callable[[Inputs], tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]]
+    backward: Callable[
+        [Inputs, Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor | None, Sequence[bool]], Gradients
+    ]
+
+
 def _nothing_missing() -> str | None:
     return None
 
@@ -172,7 +187,7 @@ class Backend:
     `Capability` can. A back end that can, but does not lead (`leads`), is tried after our own kernels for the GPU, and
     one that is there `only_by_name` never. An engine (`is_engine`) hands problems to somebody else's kernels. `plan`
     looks at the bounds (None where samples differ and the padded grid takes no pattern) before a call and may leave
-    integers in its layout.
+    integers in its layout. With `keeping` a call that autograd watches may keep what its backward would compute again.
     """
 
     name: str
@@ -187,6 +202,7 @@ class Backend:
     only_by_name: Callable[[Problem], bool] = _never
     is_engine: bool = False
     plan: Callable[[Problem, Any], tuple[int, ...]] | None = None
+    keeping: Keeping | None = None
 
     def refusals(self, problem: Problem) -> list[str]:
         """All reasons why the back end cannot take the problem; none means it can."""

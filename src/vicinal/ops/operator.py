@@ -94,17 +94,22 @@ class _Attend(torch.autograd.Function):
     """Autograd's view of `vicinal::attend`.
 
     Written out rather than left to `torch.library.register_autograd`, whose wrapper spends more time on a call's
-    default arguments than a small problem takes.
+    default arguments than a small problem takes. Without a keyset the dispatcher was left out.
     """
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        # without a keyset the dispatcher was left out
-        output: tuple[torch.Tensor, torch.Tensor] = _below_autograd(keyset, arguments)
         *tensors, ctx.layout, ctx.scale, ctx.backend = arguments
-        ctx.save_for_backward(*tensors, *output)
+        keeping = backend.find(ctx.backend).keeping
+        kept: tuple[torch.Tensor, ...] = ()
+        if keeping is not None and (keyset is None or _is_plain(keyset)):
+            with below_autocast(), torch._C._AutoDispatchBelowAutograd():
+                out, lse, kept = keeping.forward(_inputs(tensors, ctx.layout, ctx.scale))
+        else:
+            out, lse = _below_autograd(keyset, arguments)
+        ctx.save_for_backward(*tensors, out, lse, *kept)
         ctx.set_materialize_grads(False)
-        return output
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
@@ -184,7 +189,8 @@ def _is_here(tensor: torch.Tensor) -> bool:
 
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Gradients:
-    *tensors, out, lse = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    tensors, (out, lse), kept = saved[:8], saved[8:10], saved[10:]
     needs = [ctx.needs_input_grad[position] for position in (1, 2, 3, 5, 6, 7)]  # 0 is the keyset
     grads: Gradients
     if grad_out is None and grad_lse is None:
@@ -198,7 +204,11 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
         # as in the forward, and the gradients may share memory, which those of a registered operator must not
         inputs = _inputs(tensors, ctx.layout, ctx.scale)
         with below_autocast(), torch._C._AutoDispatchBelowAutograd():
-            grads = backend.find(ctx.backend).backward(inputs, out, lse, grad_out, grad_lse, needs)
+            known = backend.find(ctx.backend)
+            if kept and known.keeping is not None:
+                grads = known.keeping.backward(inputs, kept, grad_out, grad_lse, needs)
+            else:
+                grads = known.backward(inputs, out, lse, grad_out, grad_lse, needs)
     else:
         packed = torch.ops.vicinal.attend_backward(
             grad_out, grad_lse, out, lse, *tensors, ctx.layout, ctx.scale, ctx.backend, needs

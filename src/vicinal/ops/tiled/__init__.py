@@ -1,19 +1,21 @@
 """The portable back end: tiles of queries against the keys they need, in plain torch operations.
 
 Every tile gathers its queries and the interval of keys that covers what they see, in batches ("chunks") small
-enough to stay in cache, so memory grows with tokens times window and no copy of the whole input is made. On CPU a
-chunk goes through torch's own fused attention where that can take it; otherwise through batched matrix products.
+enough to stay in cache, so memory grows with tokens times window and no copy of the whole input is made. On CPU
+chunks of large tiles go through torch's own fused attention where that can take them; others through batched matrix
+products. Plain calls (`plain`) take a shorter way.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vicinal.ops.backend import Backend, Capability, Problem, register
+from vicinal.ops.backend import Backend, Capability, Keeping, Problem, register
 from vicinal.ops.packing import Layout, pack_tables
 from vicinal.ops.tiled.backward import backward as run_backward
 from vicinal.ops.tiled.forward import differentiable
-from vicinal.ops.tiled.forward import forward as run_forward
+from vicinal.ops.tiled.plain import backward_from_kept, forward_keeping
+from vicinal.ops.tiled.plain import forward as run_forward
 from vicinal.ops.tiled.plan import plan_row
 from vicinal.ops.tiled.tiles import TileSet
 
@@ -50,5 +52,6 @@ register(
         backward=run_backward,
         differentiable=differentiable,
         describe=_describe,
+        keeping=Keeping(forward_keeping, backward_from_kept),
     )
 )

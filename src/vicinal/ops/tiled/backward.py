@@ -199,7 +199,7 @@ def _backward_tiles(
     else:
         *grads, grad_scores = _multiplied_backward(part, tiles, chunk, results, inputs, added)
         if bias is not None:
-            _add_bias_gradient(bias, part, chunk, tiles, part.by_head(grad_scores))
+            add_bias_gradient(bias, part, chunk, tiles, part.by_head(grad_scores))
     grad_query, grad_key, grad_value = grads
     if sinks.query is not None:
         sinks.query.add(chunk.query, grad_query.reshape(-1, part.head_dim))
@@ -269,7 +269,7 @@ def _add_extra_gradient(sink: torch.Tensor, part: Part, chunk: Chunk, grad: torc
     sink.index_add_(2, torch.tensor(part.heads.key, device=grad.device), summed)
 
 
-def _add_bias_gradient(sink: torch.Tensor, part: Part, chunk: Chunk, tiles: TileSet, grad_scores: torch.Tensor) -> None:
+def add_bias_gradient(sink: torch.Tensor, part: Part, chunk: Chunk, tiles: TileSet, grad_scores: torch.Tensor) -> None:
     """Sum the gradients of scores into the bias entries they read, `[heads, entries]`."""
     grad = grad_scores[..., : tiles.keys].unflatten(2, (part.shared, tiles.queries)).flatten(1, 2)
     index = remember(chunk, ("bias",), lambda: tiles.bias_index(chunk.shapes).to(grad.device))

@@ -15,10 +15,10 @@ from vicinal.ops.tiled.plan import MemberPlan, RowPlan, plan_row
 from vicinal.ops.tiled.rows import GroupHeads, group_heads
 from vicinal.ops.tiled.tiles import MOST_REMEMBERED_BYTES, Chunk, TileSet
 
-CHUNK_BYTES = 6 << 20
-"""What a chunk's copies and scores may take; about what stays in the caches of a CPU."""
+CHUNK_BYTES = 12 << 20
+"""What a chunk's copies and scores may take."""
 
-WHOLE_BYTES = 12 << 20
+WHOLE_BYTES = 24 << 20
 """Up to this size a call is one chunk: whole tensors are put back faster than parts of them."""
 
 

@@ -38,17 +38,6 @@ class MemberPlan:
     member: Member
     sets: tuple[TileSet, ...]
 
-    @functools.cached_property
-    def keys_come_once(self) -> bool:
-        """Whether every key of the grid stands in one tile, once, as under a window."""
-        if len(self.sets) > 1:
-            return False
-        for axis in self.sets[0].axes:
-            keys = axis.key_coordinates()
-            if keys.size != axis.table.length or len(np.unique(keys)) != keys.size:
-                return False
-        return True
-
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:

@@ -139,9 +139,12 @@ class RowSums:
             self._rows, self._filled = where.summed(found), span.stop
         elif self._come_once:
             where.summed(found, out=self._memory()[span])
+        elif span.start >= self._filled:
+            self._memory()[self._filled : span.start] = 0
+            where.summed(found, out=self._memory()[span])
+            self._filled = span.stop
         else:
-            found, begin = where.summed(found), min(max(span.start, self._filled), span.stop)
-            self._memory()[self._filled : begin] = 0
+            found, begin = where.summed(found), min(self._filled, span.stop)
             self._memory()[span.start : begin] += found[: begin - span.start]
             self._memory()[begin : span.stop] = found[begin - span.start :]
             self._filled = max(self._filled, span.stop)
