@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <numeric>
 
@@ -10,7 +12,7 @@ namespace vicinal {
 namespace {
 
 constexpr int64_t PANEL_BYTES = 448 << 10;  // of a second-level cache of half a megabyte and more
-constexpr int64_t CLOSED_BYTES = 1 << 20;  // of a unit that shares no source: panel and sums together
+constexpr int64_t CLOSED_BYTES = 1280 << 10;  // of a unit that does its whole backward: panel and sums together
 constexpr int64_t STATE_BYTES = 256 << 10;
 constexpr int64_t EVEN_SHARES = 8;  // units should come out even on so many threads; not on the threads there are,
                                     // so that results do not depend on them
@@ -208,18 +210,21 @@ Shape choose_shape(const PlanRequest& request, const ClassView& rows, const Clas
     return best;
 }
 
-// Where blocks may end: anywhere, with every gap between windows, or only there.
-enum class Ends { ANYWHERE, ALSO_AT_GAPS, ONLY_AT_GAPS };
+// Where blocks may end: anywhere, with every gap between windows, only there, or so that all are as long.
+enum class Ends { ANYWHERE, ALSO_AT_GAPS, ONLY_AT_GAPS, EVENLY };
 
 // Blocks of at most `most` targets, or more where they may not end sooner.
 std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles, int64_t most, Ends ends) {
     std::vector<Run> blocks;
     const std::vector<int64_t> begins = segments_of(view);
+    const int64_t pieces = ceil_div(view.targets, most);
     size_t s = 0;
     for (size_t t = 0; t < tiles.size(); ++t) {
         const bool is_gap = begins[s + 1] <= tiles[t].begin;
         while (begins[s + 1] <= tiles[t].begin) ++s;
-        const bool is_full = !blocks.empty() && tiles[t].end - tiles[blocks.back().begin].begin > most;
+        const bool is_full = !blocks.empty() && (ends == Ends::EVENLY
+                                 ? tiles[t].begin * pieces >= static_cast<int64_t>(blocks.size()) * view.targets
+                                 : tiles[t].end - tiles[blocks.back().begin].begin > most);
         const bool opens = blocks.empty() || (ends == Ends::ONLY_AT_GAPS ? is_gap && is_full
                                               : ends == Ends::ALSO_AT_GAPS ? is_gap || is_full
                                                                            : is_full);
@@ -229,9 +234,30 @@ std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles
     return blocks;
 }
 
+// The sources of each block of a class, in steps; of the first list.
+std::vector<Run> frames_of(const ClassView& view, const std::vector<Run>& tiles, const std::vector<Run>& blocks) {
+    std::vector<Run> frames;
+    for (const Run& block : blocks) {
+        const int64_t low = view.low(0, tiles[block.begin].begin), high = view.high(0, tiles[block.end - 1].end - 1);
+        frames.push_back({static_cast<int32_t>(low), static_cast<int32_t>(std::max(low, high))});
+    }
+    return frames;
+}
+
+// Colours that blocks of an axis need, taken in turn, so that those of one colour share no source; 3 if two are too few.
+int colours_of(const std::vector<Run>& frames) {
+    int colours = 1;
+    for (size_t i = 1; i < frames.size(); ++i) {
+        if (frames[i].begin < frames[i - 1].end) colours = std::max(colours, 2);
+        if (i > 1 && frames[i].begin < frames[i - 2].end) colours = 3;
+    }
+    return colours;
+}
+
 // What blocks of some size cost on an axis.
 struct BlockSize {
     int64_t most;
+    int colours;
     double blocks, sources, widest, targets;
 };
 
@@ -242,8 +268,9 @@ std::vector<BlockSize> block_sizes(const ClassView& view, const std::vector<Run>
         const int64_t most = ceil_div(view.targets, pieces);
         if (most == last) continue;
         last = most;
-        BlockSize size{most, 0, 0, 0, 0};
-        for (const Run& block : join_tiles(view, tiles, most, ends)) {
+        const std::vector<Run> blocks = join_tiles(view, tiles, most, ends);
+        BlockSize size{most, colours_of(frames_of(view, tiles, blocks)), 0, 0, 0, 0};
+        for (const Run& block : blocks) {
             const int64_t begin = tiles[block.begin].begin, end = tiles[block.end - 1].end;
             double sources = 0;
             for (size_t list = 0; list < view.lists.size(); ++list)
@@ -262,6 +289,50 @@ std::vector<BlockSize> block_sizes(const ClassView& view, const std::vector<Run>
 struct Blocking {
     int64_t most[AXES];
 };
+
+// Bytes per source of a unit that does its whole backward: keys twice, values, and the sums of both.
+int64_t closed_bytes(const PlanRequest& request) {
+    const int64_t key = ceil_div(request.key_dim, request.lanes) * request.lanes;
+    const int64_t value = ceil_div(request.value_dim, request.lanes) * request.lanes;
+    return (3 * key + 2 * value) * 4;
+}
+
+// Whether so many sources on each axis, with the rim that vectors reach over, fit a unit that does its whole backward.
+bool fits_closed(const PlanRequest& request, double planes, double rows, double columns, int rows_per_vector) {
+    static const double LIM = std::getenv("V_LIM") ? atof(std::getenv("V_LIM")) * 1024: CLOSED_BYTES;
+    return planes * (rows + rows_per_vector) * (columns + rows_per_vector) * static_cast<double>(closed_bytes(request)) <=
+           LIM;
+}
+
+// The same for units that do the whole backward: sources shared by several are packed, and their sums written, by each.
+Blocking choose_coloured_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, double compute, double classes,
+                                int rows_per_vector) {
+    Blocking best{{1, 1, 1}};
+    double least_cost = 1e300;
+    static const double PER = std::getenv("V_PER") ? atof(std::getenv("V_PER")) : 1.0;
+    static const double IDLE = std::getenv("V_IDLE") ? atof(std::getenv("V_IDLE")): 0.3;
+    const double bytes = static_cast<double>(closed_bytes(request)), each = PER * bytes / 4 / request.lanes * 4;
+    for (const BlockSize& a : sizes[0])
+        for (const BlockSize& b : sizes[1])
+            for (const BlockSize& c : sizes[2]) {
+                if (std::max({a.colours, b.colours, c.colours}) > request.colours) continue;
+                if (!fits_closed(request, a.widest, b.widest, c.widest, rows_per_vector)) continue;
+                const double units = a.blocks * b.blocks * c.blocks * classes, colours = a.colours * b.colours * c.colours;
+                const double cost = compute * 2.5 + a.sources * b.sources * c.sources * classes * each + units * 1500;
+                // a colour is over when its last unit is
+                const double all = units * request.copies;
+                const double idle = std::ceil(all / colours / EVEN_SHARES) * EVEN_SHARES * colours / all - 1;
+                const double total = cost * (1 + std::min(idle, 4.0) * IDLE);
+                if (total < least_cost) {
+                    least_cost = total;
+                    best = {{a.most, b.most, c.most}};
+                }
+            }
+    if (std::getenv("V_SHOW")) fprintf(stderr,"chosen %ld %ld %ld of", (long)best.most[0], (long)best.most[1], (long)best.most[2]);
+    if (const char* f = std::getenv("V_BLOCKS")) sscanf(f, "%ld,%ld,%ld", &best.most[0], &best.most[1], &best.most[2]);
+    if (std::getenv("V_SHOW")) fprintf(stderr," R %d used %ld %ld %ld\n", rows_per_vector, (long)best.most[0], (long)best.most[1], (long)best.most[2]);
+    return best;
+}
 
 Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, double compute, double classes) {
     Blocking best{{1, 1, 1}};
@@ -373,28 +444,71 @@ bool has_plain_centers(const std::vector<Member>& members) {
 
 namespace {
 
-// Whether no two units see the same source, no source is left out, and the sources of each fit.
-bool is_closed(const Plan& plan, const PlanRequest& request) {
-    if (request.lists.size() != 1) return false;
-    double most = 1;
-    for (int a = 0; a < AXES; ++a) {
-        int64_t seen = 0, widest = 0;
-        for (const ClassAxis& one : plan.classes[a]) {
-            if (one.sources[0].turn) return false;
-            int64_t before = 0;
-            for (const Run& block : one.blocks) {
-                const int64_t low = one.sources[0].low[one.tiles[block.begin].begin];
-                const int64_t high = std::max<int64_t>(one.sources[0].high[one.tiles[block.end - 1].end - 1], low);
-                if (low < before) return false;
-                before = high;
-                seen += high - low;
-                widest = std::max(widest, high - low);
+// The sources of one axis, class by class and block by block.
+using AxisFrames = std::vector<std::vector<Run>>;
+
+// Whether every source of an axis is in the frame of some block, and of blocks of one class only.
+bool covers(const AxisFrames& frames, const std::vector<ClassAxis>& classes, int64_t sources) {
+    std::vector<int64_t> owner(sources, -1);
+    for (int64_t c = 0; c < static_cast<int64_t>(frames.size()); ++c) {
+        const Interval& interval = classes[c].sources[0];
+        if (interval.turn) return false;
+        for (const Run& frame : frames[c])
+            for (int64_t place = frame.begin; place < frame.end; ++place) {
+                int64_t& own = owner[interval.first + interval.step * place];
+                if (own != -1 && own != c) return false;
+                own = c;
             }
-        }
-        if (seen != request.sources[plan.order[a]]) return false;
-        most *= static_cast<double>(widest + (a > 0 ? plan.rows_per_vector : 0));
     }
-    return most * static_cast<double>(request.floats) * 4 <= CLOSED_BYTES;
+    return std::find(owner.begin(), owner.end(), -1) == owner.end();
+}
+
+// Colours on each axis so that units of one colour share no source; 0 on the first where that cannot be, where a source
+// would be left out, or where those of a unit do not fit.
+void choose_colours(const Plan& plan, const PlanRequest& request, const AxisFrames* frames, int* colours) {
+    int64_t widest[AXES] = {0, 0, 0};
+    for (int a = 0; a < AXES; ++a) {
+        colours[a] = 1;
+        for (const std::vector<Run>& own : frames[a]) {
+            colours[a] = std::max(colours[a], colours_of(own));
+            for (const Run& frame : own) widest[a] = std::max<int64_t>(widest[a], frame.end - frame.begin);
+        }
+        if (colours[a] > request.colours || !covers(frames[a], plan.classes[a], request.sources[plan.order[a]])) {
+            colours[0] = 0;
+            return;
+        }
+    }
+    if (!fits_closed(request, widest[0], widest[1], widest[2], plan.rows_per_vector)) colours[0] = 0;
+}
+
+// What a block of a colour shares with its neighbors of an earlier one, as a unit notes it.
+void note_shared(Unit& unit, int axis, const std::vector<Run>& frames, int block, int colour) {
+    const bool is_last = block + 1 == static_cast<int>(frames.size());
+    unit.shared_low[axis] = colour ? frames[block - 1].end : frames[block].begin;
+    unit.shared_high[axis] = colour && !is_last ? frames[block + 1].begin : frames[block].end;
+}
+
+// All units, or those of one colour, which is counted over the axes.
+void add_units(Plan& plan, const AxisFrames* frames, const int* colours, int colour) {
+    const int own[AXES] = {colour / (colours[1] * colours[2]), colour / colours[2] % colours[1], colour % colours[2]};
+    for (size_t a = 0; a < plan.classes[0].size(); ++a)
+        for (size_t b = 0; b < plan.classes[1].size(); ++b)
+            for (size_t c = 0; c < plan.classes[2].size(); ++c) {
+                const size_t residue[AXES] = {a, b, c};
+                Unit unit;
+                for (int d = 0; d < AXES; ++d) unit.axis[d] = &plan.classes[d][residue[d]].axis;
+                for (int32_t i = own[0]; i < unit.axis[0]->num_blocks; i += colours[0])
+                    for (int32_t j = own[1]; j < unit.axis[1]->num_blocks; j += colours[1])
+                        for (int32_t k = own[2]; k < unit.axis[2]->num_blocks; k += colours[2]) {
+                            const int32_t block[AXES] = {i, j, k};
+                            for (int d = 0; d < AXES; ++d) {
+                                unit.block[d] = block[d];
+                                note_shared(unit, d, frames[d][residue[d]], block[d], own[d]);
+                            }
+                            plan.units.push_back(unit);
+                        }
+            }
+    plan.colours.push_back(static_cast<int64_t>(plan.units.size()));
 }
 
 }  // namespace
@@ -429,10 +543,13 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     const Cutting cuts[AXES] = {plane_cut, shape.rows, shape.columns};
     // vectors of several rows are aligned to the windows' own rows; a closed unit holds whole windows
     Ends ends[AXES] = {Ends::ANYWHERE, shape.rows_per_vector > 1 ? Ends::ALSO_AT_GAPS : Ends::ANYWHERE, Ends::ANYWHERE};
-    if (request.wants_closed)
-        for (Ends& end : ends) end = end == Ends::ALSO_AT_GAPS ? end : Ends::ONLY_AT_GAPS;
-    std::vector<BlockSize> sizes[AXES];
     const ClassView* firsts[AXES] = {&planes, &rows, &columns};
+    if (request.colours)
+        for (int a = 0; a < AXES; ++a) {
+            if (segments_of(*firsts[a]).size() == 2) ends[a] = Ends::EVENLY;
+            else if (ends[a] == Ends::ANYWHERE) ends[a] = Ends::ONLY_AT_GAPS;
+        }
+    std::vector<BlockSize> sizes[AXES];
     double classes = 1;
     for (int a = 0; a < AXES; ++a) {
         sizes[a] = block_sizes(*firsts[a], cut_class(*firsts[a], cuts[a]), ends[a]);
@@ -442,7 +559,10 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     for (int64_t p = 0; p < planes.targets; ++p) seen_planes += static_cast<double>(planes.high(0, p) - planes.low(0, p));
     const double share = static_cast<double>(some_of(rows).targets) * some_of(columns).targets /
                          (static_cast<double>(rows.targets) * columns.targets);
-    const Blocking blocking = choose_blocks(request, sizes, shape.cost / share * seen_planes, classes);
+    const double compute = shape.cost / share * seen_planes;
+    const Blocking blocking = request.colours ? choose_coloured_blocks(request, sizes, compute, classes, shape.rows_per_vector)
+                                              : choose_blocks(request, sizes, compute, classes);
+    AxisFrames frames[AXES];
     for (int a = 0; a < AXES; ++a) {
         const int64_t residues = std::min(step[a], request.targets[plan->order[a]]);
         plan->classes[a].resize(residues);
@@ -450,21 +570,22 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
             const ClassView own = view(a, residue);
             std::vector<Run> tiles = cut_class(own, cuts[a]);
             std::vector<Run> blocks = join_tiles(own, tiles, blocking.most[a], ends[a]);
+            frames[a].push_back(frames_of(own, tiles, blocks));
             fill_class(plan->classes[a][residue], own, request.lists, plan->order[a], std::move(tiles), std::move(blocks));
         }
     }
-    plan->is_closed = request.wants_closed && is_closed(*plan, request);
+    int colours[AXES] = {0, 1, 1};
+    if (request.colours && request.lists.size() == 1) choose_colours(*plan, request, frames, colours);
+    plan->is_closed = colours[0] > 0;
+    if (!plan->is_closed) colours[0] = colours[1] = colours[2] = 1;
+    plan->colours.push_back(0);
+    for (int colour = 0; colour < colours[0] * colours[1] * colours[2]; ++colour) add_units(*plan, frames, colours, colour);
     for (const SourceList& list : request.lists) plan->member_of_list.push_back(list.member);
     plan->tiles = plan->computed = 0;
     for (const ClassAxis& a : plan->classes[0])
         for (const ClassAxis& b : plan->classes[1])
-            for (const ClassAxis& c : plan->classes[2]) {
+            for (const ClassAxis& c : plan->classes[2])
                 plan->tiles += static_cast<int64_t>(a.tiles.size()) * b.tiles.size() * c.tiles.size();
-                for (int32_t i = 0; i < a.axis.num_blocks; ++i)
-                    for (int32_t j = 0; j < b.axis.num_blocks; ++j)
-                        for (int32_t k = 0; k < c.axis.num_blocks; ++k)
-                            plan->units.push_back({{&a.axis, &b.axis, &c.axis}, {i, j, k}});
-            }
     // what is computed is a product over the axes, list by list
     for (size_t list = 0; list < request.lists.size(); ++list) {
         int64_t computed[AXES] = {0, 0, 0};
