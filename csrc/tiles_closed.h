@@ -40,6 +40,16 @@ VICINAL_INLINE void add_to_row(const Operand& operand, int64_t offset, const flo
     for (; d < dim; ++d) to[d * stride] += sums[d] * factor;
 }
 
+// Sums of the sources of a panel start at 0; those of the rim are never looked at.
+template <class S>
+inline void clear_sources(const Packer<S>& packer, int64_t padded, float* sums) {
+    const int64_t size = (packer.chunk.column_end - packer.chunk.column_begin) * packer.frame.R * padded;
+    for (int64_t group = 0; group < packer.frame.row_groups(); ++group) {
+        float* row = sums + group * packer.width * padded;
+        for (int64_t i = 0; i < size; i += S::LANES) S::store(row + i, S::zero());
+    }
+}
+
 // Writes what was summed up for the sources of a panel, or adds it where a unit of an earlier colour has written.
 template <class S>
 inline void write_sources(const Job& job, const Unit& unit, const Packer<S>& packer, const Operand& operand, int64_t base,
@@ -164,8 +174,8 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     float* out = arena.take<float>(2 * value_padded);
     float* queries = arena.take<float>(targets_floats(key_dim));
     float* grads = arena.take<float>(targets_floats(value_dim));
-    for (int64_t i = 0; i < places * key_padded; ++i) grad_keys[i] = 0.0f;
-    for (int64_t i = 0; i < places * value_padded; ++i) grad_values[i] = 0.0f;
+    clear_sources<S>(filler.packer, key_padded, grad_keys);
+    clear_sources<S>(filler.packer, value_padded, grad_values);
     // channels that fill a vector up are multiplied too
     for (int64_t i = 0; i < targets_floats(key_dim); ++i) queries[i] = 0.0f;
     for (int64_t i = 0; i < targets_floats(value_dim); ++i) grads[i] = 0.0f;

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <numeric>
 
@@ -12,7 +10,10 @@ namespace vicinal {
 namespace {
 
 constexpr int64_t PANEL_BYTES = 448 << 10;  // of a second-level cache of half a megabyte and more
-constexpr int64_t CLOSED_BYTES = 1280 << 10;  // of a unit that does its whole backward: panel and sums together
+// Of a unit that does its whole backward, panel and sums together: what a row of tiles sees, and all.
+constexpr int64_t NEAR_BYTES = 1280 << 10, CLOSED_BYTES = 4 << 20;
+constexpr double BACKWARD_WORK = 2.5;  // in times of the forward's
+constexpr double OTHER_WORK = 0.4;     // that it saves
 constexpr int64_t STATE_BYTES = 256 << 10;
 constexpr int64_t EVEN_SHARES = 8;  // units should come out even on so many threads; not on the threads there are,
                                     // so that results do not depend on them
@@ -246,12 +247,12 @@ std::vector<Run> frames_of(const ClassView& view, const std::vector<Run>& tiles,
 
 // Colours that blocks of an axis need, taken in turn, so that those of one colour share no source; 3 if two are too few.
 int colours_of(const std::vector<Run>& frames) {
-    int colours = 1;
-    for (size_t i = 1; i < frames.size(); ++i) {
-        if (frames[i].begin < frames[i - 1].end) colours = std::max(colours, 2);
-        if (i > 1 && frames[i].begin < frames[i - 2].end) colours = 3;
-    }
-    return colours;
+    const auto overlap = [&](size_t apart) {
+        for (size_t i = apart; i < frames.size(); ++i)
+            if (frames[i].begin < frames[i - apart].end) return true;
+        return false;
+    };
+    return overlap(2) ? 3 : overlap(1) ? 2 : 1;
 }
 
 // What blocks of some size cost on an axis.
@@ -287,55 +288,12 @@ std::vector<BlockSize> block_sizes(const ClassView& view, const std::vector<Run>
 }
 
 struct Blocking {
-    int64_t most[AXES];
+    int64_t most[AXES] = {1, 1, 1};
+    bool is_found = false;
 };
 
-// Bytes per source of a unit that does its whole backward: keys twice, values, and the sums of both.
-int64_t closed_bytes(const PlanRequest& request) {
-    const int64_t key = ceil_div(request.key_dim, request.lanes) * request.lanes;
-    const int64_t value = ceil_div(request.value_dim, request.lanes) * request.lanes;
-    return (3 * key + 2 * value) * 4;
-}
-
-// Whether so many sources on each axis, with the rim that vectors reach over, fit a unit that does its whole backward.
-bool fits_closed(const PlanRequest& request, double planes, double rows, double columns, int rows_per_vector) {
-    static const double LIM = std::getenv("V_LIM") ? atof(std::getenv("V_LIM")) * 1024: CLOSED_BYTES;
-    return planes * (rows + rows_per_vector) * (columns + rows_per_vector) * static_cast<double>(closed_bytes(request)) <=
-           LIM;
-}
-
-// The same for units that do the whole backward: sources shared by several are packed, and their sums written, by each.
-Blocking choose_coloured_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, double compute, double classes,
-                                int rows_per_vector) {
-    Blocking best{{1, 1, 1}};
-    double least_cost = 1e300;
-    static const double PER = std::getenv("V_PER") ? atof(std::getenv("V_PER")) : 1.0;
-    static const double IDLE = std::getenv("V_IDLE") ? atof(std::getenv("V_IDLE")): 0.3;
-    const double bytes = static_cast<double>(closed_bytes(request)), each = PER * bytes / 4 / request.lanes * 4;
-    for (const BlockSize& a : sizes[0])
-        for (const BlockSize& b : sizes[1])
-            for (const BlockSize& c : sizes[2]) {
-                if (std::max({a.colours, b.colours, c.colours}) > request.colours) continue;
-                if (!fits_closed(request, a.widest, b.widest, c.widest, rows_per_vector)) continue;
-                const double units = a.blocks * b.blocks * c.blocks * classes, colours = a.colours * b.colours * c.colours;
-                const double cost = compute * 2.5 + a.sources * b.sources * c.sources * classes * each + units * 1500;
-                // a colour is over when its last unit is
-                const double all = units * request.copies;
-                const double idle = std::ceil(all / colours / EVEN_SHARES) * EVEN_SHARES * colours / all - 1;
-                const double total = cost * (1 + std::min(idle, 4.0) * IDLE);
-                if (total < least_cost) {
-                    least_cost = total;
-                    best = {{a.most, b.most, c.most}};
-                }
-            }
-    if (std::getenv("V_SHOW")) fprintf(stderr,"chosen %ld %ld %ld of", (long)best.most[0], (long)best.most[1], (long)best.most[2]);
-    if (const char* f = std::getenv("V_BLOCKS")) sscanf(f, "%ld,%ld,%ld", &best.most[0], &best.most[1], &best.most[2]);
-    if (std::getenv("V_SHOW")) fprintf(stderr," R %d used %ld %ld %ld\n", rows_per_vector, (long)best.most[0], (long)best.most[1], (long)best.most[2]);
-    return best;
-}
-
 Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, double compute, double classes) {
-    Blocking best{{1, 1, 1}};
+    Blocking best;
     double least_cost = 1e300;
     const double pack = 1.0 + 0.4 * request.floats * 16 / request.lanes / 8;
     const double state = 4.0 * (request.value_dim + request.lanes);
@@ -354,8 +312,59 @@ Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>*
                 cost += (compute + cost) * std::min(idle, 4.0) * 0.3;
                 if (cost < least_cost) {
                     least_cost = cost;
-                    best = {{a.most, b.most, c.most}};
+                    best = {{a.most, b.most, c.most}, true};
                 }
+            }
+    return best;
+}
+
+// Bytes per source of a unit that does its whole backward: keys twice, values, and the sums of both.
+int64_t closed_bytes(const PlanRequest& request) {
+    const int64_t key = ceil_div(request.key_dim, request.lanes) * request.lanes;
+    const int64_t value = ceil_div(request.value_dim, request.lanes) * request.lanes;
+    return (3 * key + 2 * value) * 4;
+}
+
+// What units cost beside their work on threads that wait for others: each colour is over when its last unit is. Counted
+// for a few threads and for many, not for those there are.
+double idle_cost(double units, double colours) {
+    const auto waited = [&](double threads) {
+        return std::min(std::ceil(units / colours / threads) * threads * colours / units - 1, 4.0);
+    };
+    return 0.3 * waited(4) + 0.05 * waited(8) + 0.05 * waited(32);
+}
+
+// The most sources that a tile sees.
+double widest_tile(const ClassView& view, const std::vector<Run>& tiles) {
+    int64_t most = 0;
+    for (const Run& tile : tiles) most = std::max(most, view.high(0, tile.end - 1) - view.low(0, tile.begin));
+    return static_cast<double>(most);
+}
+
+// Blocks for units that do their whole backward, where a row of tiles sees so many sources on the first two axes. What
+// units share is packed, and its sums are written, by each of them, and so is a vector more in every row: 10 cycles a
+// vector, fitted to times of blocks of many sizes.
+Blocking choose_closed_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, const double* seen,
+                              const Shape& shape, double compute, double classes) {
+    Blocking best;
+    double least_cost = 1e300;
+    const double bytes = static_cast<double>(closed_bytes(request)), pack = 10 * bytes / 4 / request.lanes;
+    const double rim = static_cast<double>(shape.columns.unit);
+    for (const BlockSize& a : sizes[0])
+        for (const BlockSize& b : sizes[1])
+            for (const BlockSize& c : sizes[2]) {
+                if (std::max({a.colours, b.colours, c.colours}) > request.colours) continue;
+                const double near = std::min(a.widest, seen[0]) * std::min(b.widest, seen[1]) * c.widest;
+                const double all = a.widest * b.widest * c.widest;
+                if (near * bytes > NEAR_BYTES || all * bytes > CLOSED_BYTES) continue;
+                const double blocks = a.blocks * b.blocks * c.blocks, colours = a.colours * b.colours * c.colours;
+                const double packed = a.sources * b.sources * (c.sources + c.blocks * rim);
+                const double idle = idle_cost(blocks * classes * request.copies, colours);
+                if (idle > OTHER_WORK && (colours > 1 || all * bytes > NEAR_BYTES)) continue;
+                const double cost = (BACKWARD_WORK * compute + packed * pack + blocks * 1500) * (1 + idle);
+                if (cost >= least_cost) continue;
+                least_cost = cost;
+                best = {{a.most, b.most, c.most}, true};
             }
     return best;
 }
@@ -455,60 +464,68 @@ bool covers(const AxisFrames& frames, const std::vector<ClassAxis>& classes, int
         if (interval.turn) return false;
         for (const Run& frame : frames[c])
             for (int64_t place = frame.begin; place < frame.end; ++place) {
-                int64_t& own = owner[interval.first + interval.step * place];
-                if (own != -1 && own != c) return false;
-                own = c;
+                const int64_t at = interval.first + static_cast<int64_t>(interval.step) * place;
+                if (at < 0 || at >= sources || (owner[at] != -1 && owner[at] != c)) return false;
+                owner[at] = c;
             }
     }
     return std::find(owner.begin(), owner.end(), -1) == owner.end();
 }
 
-// Colours on each axis so that units of one colour share no source; 0 on the first where that cannot be, where a source
-// would be left out, or where those of a unit do not fit.
+// Colours on each axis so that units of one colour share no source; 0 on the first where that cannot be, or where a
+// source would be left out.
 void choose_colours(const Plan& plan, const PlanRequest& request, const AxisFrames* frames, int* colours) {
-    int64_t widest[AXES] = {0, 0, 0};
     for (int a = 0; a < AXES; ++a) {
         colours[a] = 1;
-        for (const std::vector<Run>& own : frames[a]) {
-            colours[a] = std::max(colours[a], colours_of(own));
-            for (const Run& frame : own) widest[a] = std::max<int64_t>(widest[a], frame.end - frame.begin);
-        }
+        for (const std::vector<Run>& own : frames[a]) colours[a] = std::max(colours[a], colours_of(own));
         if (colours[a] > request.colours || !covers(frames[a], plan.classes[a], request.sources[plan.order[a]])) {
             colours[0] = 0;
             return;
         }
     }
-    if (!fits_closed(request, widest[0], widest[1], widest[2], plan.rows_per_vector)) colours[0] = 0;
 }
 
-// What a block of a colour shares with its neighbors of an earlier one, as a unit notes it.
+// What a block shares with its neighbors, if those are of an earlier colour.
 void note_shared(Unit& unit, int axis, const std::vector<Run>& frames, int block, int colour) {
     const bool is_last = block + 1 == static_cast<int>(frames.size());
     unit.shared_low[axis] = colour ? frames[block - 1].end : frames[block].begin;
     unit.shared_high[axis] = colour && !is_last ? frames[block + 1].begin : frames[block].end;
 }
 
-// All units, or those of one colour, which is counted over the axes.
-void add_units(Plan& plan, const AxisFrames* frames, const int* colours, int colour) {
-    const int own[AXES] = {colour / (colours[1] * colours[2]), colour / colours[2] % colours[1], colour % colours[2]};
-    for (size_t a = 0; a < plan.classes[0].size(); ++a)
-        for (size_t b = 0; b < plan.classes[1].size(); ++b)
-            for (size_t c = 0; c < plan.classes[2].size(); ++c) {
-                const size_t residue[AXES] = {a, b, c};
-                Unit unit;
-                for (int d = 0; d < AXES; ++d) unit.axis[d] = &plan.classes[d][residue[d]].axis;
-                for (int32_t i = own[0]; i < unit.axis[0]->num_blocks; i += colours[0])
-                    for (int32_t j = own[1]; j < unit.axis[1]->num_blocks; j += colours[1])
-                        for (int32_t k = own[2]; k < unit.axis[2]->num_blocks; k += colours[2]) {
-                            const int32_t block[AXES] = {i, j, k};
-                            for (int d = 0; d < AXES; ++d) {
-                                unit.block[d] = block[d];
-                                note_shared(unit, d, frames[d][residue[d]], block[d], own[d]);
-                            }
-                            plan.units.push_back(unit);
-                        }
+// Units of one class on each axis, by colour: block i of an axis has colour i modulo its colours.
+void add_units(const ClassAxis* const* classes, const std::vector<Run>* const* frames, const int* colours,
+               std::vector<std::vector<Unit>>& by_colour) {
+    Unit unit;
+    for (int a = 0; a < AXES; ++a) unit.axis[a] = &classes[a]->axis;
+    for (int32_t i = 0; i < unit.axis[0]->num_blocks; ++i)
+        for (int32_t j = 0; j < unit.axis[1]->num_blocks; ++j)
+            for (int32_t k = 0; k < unit.axis[2]->num_blocks; ++k) {
+                const int32_t block[AXES] = {i, j, k};
+                int colour = 0;
+                for (int a = 0; a < AXES; ++a) {
+                    const int own = block[a] % colours[a];
+                    unit.block[a] = block[a];
+                    note_shared(unit, a, *frames[a], block[a], own);
+                    colour = colour * colours[a] + own;
+                }
+                by_colour[colour].push_back(unit);
             }
-    plan.colours.push_back(static_cast<int64_t>(plan.units.size()));
+}
+
+void fill_units(Plan& plan, const AxisFrames* frames, const int* colours) {
+    std::vector<std::vector<Unit>> by_colour(colours[0] * colours[1] * colours[2]);
+    for (size_t a = 0; a < frames[0].size(); ++a)
+        for (size_t b = 0; b < frames[1].size(); ++b)
+            for (size_t c = 0; c < frames[2].size(); ++c) {
+                const ClassAxis* const classes[AXES] = {&plan.classes[0][a], &plan.classes[1][b], &plan.classes[2][c]};
+                const std::vector<Run>* const own[AXES] = {&frames[0][a], &frames[1][b], &frames[2][c]};
+                add_units(classes, own, colours, by_colour);
+            }
+    plan.colours.push_back(0);
+    for (const std::vector<Unit>& units : by_colour) {
+        plan.units.insert(plan.units.end(), units.begin(), units.end());
+        plan.colours.push_back(static_cast<int64_t>(plan.units.size()));
+    }
 }
 
 }  // namespace
@@ -550,9 +567,11 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
             else if (ends[a] == Ends::ANYWHERE) ends[a] = Ends::ONLY_AT_GAPS;
         }
     std::vector<BlockSize> sizes[AXES];
-    double classes = 1;
+    double classes = 1, seen[AXES];
     for (int a = 0; a < AXES; ++a) {
-        sizes[a] = block_sizes(*firsts[a], cut_class(*firsts[a], cuts[a]), ends[a]);
+        const std::vector<Run> tiles = cut_class(*firsts[a], cuts[a]);
+        sizes[a] = block_sizes(*firsts[a], tiles, ends[a]);
+        seen[a] = widest_tile(*firsts[a], tiles);
         classes *= static_cast<double>(std::min(step[a], request.targets[plan->order[a]]));
     }
     double seen_planes = 0;
@@ -560,7 +579,7 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     const double share = static_cast<double>(some_of(rows).targets) * some_of(columns).targets /
                          (static_cast<double>(rows.targets) * columns.targets);
     const double compute = shape.cost / share * seen_planes;
-    const Blocking blocking = request.colours ? choose_coloured_blocks(request, sizes, compute, classes, shape.rows_per_vector)
+    const Blocking blocking = request.colours ? choose_closed_blocks(request, sizes, seen, shape, compute, classes)
                                               : choose_blocks(request, sizes, compute, classes);
     AxisFrames frames[AXES];
     for (int a = 0; a < AXES; ++a) {
@@ -575,11 +594,10 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
         }
     }
     int colours[AXES] = {0, 1, 1};
-    if (request.colours && request.lists.size() == 1) choose_colours(*plan, request, frames, colours);
+    if (request.colours && request.lists.size() == 1 && blocking.is_found) choose_colours(*plan, request, frames, colours);
     plan->is_closed = colours[0] > 0;
     if (!plan->is_closed) colours[0] = colours[1] = colours[2] = 1;
-    plan->colours.push_back(0);
-    for (int colour = 0; colour < colours[0] * colours[1] * colours[2]; ++colour) add_units(*plan, frames, colours, colour);
+    fill_units(*plan, frames, colours);
     for (const SourceList& list : request.lists) plan->member_of_list.push_back(list.member);
     plan->tiles = plan->computed = 0;
     for (const ClassAxis& a : plan->classes[0])
