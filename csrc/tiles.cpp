@@ -35,7 +35,7 @@ std::vector<int64_t> fingerprint(const std::vector<Member>& members, const Group
                                  const PlanRequest& request) {
     std::vector<int64_t> numbers = {direction,        request.lanes,  request.pair, request.key_dim, request.value_dim,
                                     request.floats,   request.copies, group.takes_bias,
-                                    request.colours};
+                                    request.colours,  request.unit_bytes};
     for (int a = 0; a < AXES; ++a) {
         numbers.push_back(request.sources[a]);
         numbers.push_back(request.targets[a]);
@@ -114,6 +114,7 @@ Operand operand_of(const View& view, const int* order, int64_t dim) {
 }
 
 std::atomic<int64_t> serials{1};
+std::atomic<int64_t> unit_bytes{0};
 
 void fill_job(const Problem& problem, const std::vector<Member>& members, const Group& group, Direction direction, Work& work) {
     const vicinal_call& call = problem.call;
@@ -242,6 +243,7 @@ std::vector<std::unique_ptr<Work>> all_work(const Problem& problem, Direction di
             request.copies = work->samples * work->heads;
             // units that share sources add to gradients in the tensor, which costs the short types too much precision
             request.colours = direction != CLOSED ? 0 : call.dtype == VICINAL_FLOAT32 ? 2 : 1;
+            request.unit_bytes = direction == CLOSED ? unit_bytes.load() : 0;
             for (int a = 0; a < AXES; ++a) {
                 request.targets[a] = direction == BACKWARD ? members[0].axis[a].length
                                      : direction != EXTRA  ? members[0].axis[a].queries
@@ -524,6 +526,8 @@ vicinal_strategy choose_strategy(const Problem& problem) {
     if (problem.is_double) return VICINAL_SIMPLE;
     return writes_keys && problem.call.dtype != VICINAL_FLOAT32 && splits_key_heads(problem) ? VICINAL_SIMPLE : VICINAL_TILES;
 }
+
+void tiles_shrink_units(int64_t bytes) { unit_bytes = bytes; }
 
 void tiles_describe(const Problem& problem, vicinal_description* groups) {
     const TileKernels* kernels = kernels_for(problem);

@@ -356,11 +356,13 @@ Blocking choose_closed_blocks(const PlanRequest& request, const std::vector<Bloc
                 if (std::max({a.colours, b.colours, c.colours}) > request.colours) continue;
                 const double near = std::min(a.widest, seen[0]) * std::min(b.widest, seen[1]) * c.widest;
                 const double all = a.widest * b.widest * c.widest;
-                if (near * bytes > NEAR_BYTES || all * bytes > CLOSED_BYTES) continue;
+                if (request.unit_bytes ? all * bytes > static_cast<double>(request.unit_bytes)
+                                       : near * bytes > NEAR_BYTES || all * bytes > CLOSED_BYTES)
+                    continue;
                 const double blocks = a.blocks * b.blocks * c.blocks, colours = a.colours * b.colours * c.colours;
                 const double packed = a.sources * b.sources * (c.sources + c.blocks * rim);
                 const double idle = idle_cost(blocks * classes * request.copies, colours);
-                if (idle > OTHER_WORK && (colours > 1 || all * bytes > NEAR_BYTES)) continue;
+                if (idle > OTHER_WORK && (colours > 1 || all * bytes > NEAR_BYTES) && !request.unit_bytes) continue;
                 const double cost = (BACKWARD_WORK * compute + packed * pack + blocks * 1500) * (1 + idle);
                 if (cost >= least_cost) continue;
                 least_cost = cost;

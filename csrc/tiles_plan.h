@@ -33,6 +33,7 @@ struct PlanRequest {
     int64_t floats;              // packed per source
     int64_t copies;              // batch times heads: how often the units are run
     int colours;                 // of units on an axis, if units of one colour should share no source; 0 if they may
+    int64_t unit_bytes;          // at most, for a unit that does its whole backward; 0 as is best
 };
 
 // One class of targets on one axis, with the memory that its `Axis` points into.
