@@ -1,7 +1,8 @@
 // The whole backward of a unit whose sources nobody else sees meanwhile.
 //
 // Scores and weights are computed once for all three gradients, and those of keys and values are summed up beside the
-// panel. Where units share sources this would race, and keys are visited apart (tiles_backward.h).
+// panel. Units that share sources have different colours, and colours are run one after another: a unit adds to what an
+// earlier colour has written. Where two colours on an axis do not suffice, keys are visited apart (tiles_backward.h).
 
 #ifndef VICINAL_TILES_CLOSED_H
 #define VICINAL_TILES_CLOSED_H

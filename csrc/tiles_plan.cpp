@@ -331,7 +331,7 @@ double idle_cost(double units, double colours) {
     const auto waited = [&](double threads) {
         return std::min(std::ceil(units / colours / threads) * threads * colours / units - 1, 4.0);
     };
-    return 0.3 * waited(4) + 0.05 * waited(8) + 0.05 * waited(32);
+    return 0.3 * waited(4) + 0.05 * waited(8) + 0.02 * waited(32);
 }
 
 // The most sources that a tile sees.

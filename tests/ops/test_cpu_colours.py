@@ -61,3 +61,13 @@ def test_same_bits_whatever_the_number_of_threads(shrink: Shrink) -> None:
     once = results(1, PROBLEMS)
     for threads in (2, 5):
         assert same_bits(once, results(threads, PROBLEMS)), threads
+
+
+def test_keys_that_nobody_sees_get_zeros(shrink: Shrink) -> None:
+    table = bounds(Near(5), (44,)).slice(0, 8, 36)
+    problem = Problem(table.grid, table, key_grid=table.key_grid)
+    for keys in (0, 24):
+        shrink(keys * SOURCE)
+        found = run(problem, torch.float32, "cpu")
+        for name in ("grad_key", "grad_value"):
+            assert torch.equal(found[name][:, :6], torch.zeros_like(found[name][:, :6]))
