@@ -102,7 +102,9 @@ struct Work {
     int64_t heads;  // that units are run for: of queries, or of keys
 
     int64_t colours() const { return static_cast<int64_t>(plan->colours.size()) - 1; }
-    int64_t units(int64_t colour) const { return colour < colours() ? plan->colours[colour + 1] - plan->colours[colour] : 0; }
+    int64_t units(int64_t colour) const {
+        return colour < colours() ? plan->colours[colour + 1] - plan->colours[colour] : 0;
+    }
     const Unit& unit(int64_t colour, int64_t number) const { return plan->units[plan->colours[colour] + number]; }
     int64_t count(int64_t colour) const { return units(colour) * samples * heads; }
 };
@@ -273,8 +275,8 @@ void* get_memory(int slot, size_t bytes) { return workspace(slot, bytes); }
 
 using Visit = void (*)(const TileKernels&, const Job&, const Unit&, int64_t, int64_t, const Workspace&);
 
-void run_colour(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels, Visit visit,
-                Direction direction, int64_t colour) {
+void run_colour(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels,
+                Visit visit, Direction direction, int64_t colour) {
     std::vector<int64_t> begins{0};
     for (const auto& work : all) begins.push_back(begins.back() + work->count(colour));
     const Workspace memory{get_memory};
@@ -301,8 +303,8 @@ void run_colour(const Problem& problem, const std::vector<std::unique_ptr<Work>>
 }
 
 // Units of one colour at once, colours one after another.
-void run_all(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels, Visit visit,
-             Direction direction) {
+void run_all(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels,
+             Visit visit, Direction direction) {
     int64_t colours = 0;
     for (const auto& work : all) colours = std::max(colours, work->colours());
     for (int64_t colour = 0; colour < colours; ++colour) run_colour(problem, all, kernels, visit, direction, colour);

@@ -53,8 +53,8 @@ inline void clear_sources(const Packer<S>& packer, int64_t padded, float* sums) 
 
 // Writes what was summed up for the sources of a panel, or adds it where a unit of an earlier colour has written.
 template <class S>
-inline void write_sources(const Job& job, const Unit& unit, const Packer<S>& packer, const Operand& operand, int64_t base,
-                          const float* sums, float factor) {
+inline void write_sources(const Job& job, const Unit& unit, const Packer<S>& packer, const Operand& operand,
+                          int64_t base, const float* sums, float factor) {
     if (!operand.data) return;
     const Frame& f = packer.frame;
     const int64_t padded = round_up(operand.dim, S::LANES);

@@ -214,6 +214,12 @@ Shape choose_shape(const PlanRequest& request, const ClassView& rows, const Clas
 // Where blocks may end: anywhere, with every gap between windows, only there, or so that all are as long.
 enum class Ends { ANYWHERE, ALSO_AT_GAPS, ONLY_AT_GAPS, EVENLY };
 
+// Where units that do their whole backward end: where there are windows they hold whole ones.
+Ends closed_ends(const ClassView& view, Ends otherwise) {
+    if (segments_of(view).size() == 2) return Ends::EVENLY;  // one segment
+    return otherwise == Ends::ANYWHERE ? Ends::ONLY_AT_GAPS : otherwise;
+}
+
 // Blocks of at most `most` targets, or more where they may not end sooner.
 std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles, int64_t most, Ends ends) {
     std::vector<Run> blocks;
@@ -245,7 +251,7 @@ std::vector<Run> frames_of(const ClassView& view, const std::vector<Run>& tiles,
     return frames;
 }
 
-// Colours that blocks of an axis need, taken in turn, so that those of one colour share no source; 3 if two are too few.
+// Colours that blocks of an axis need, taken in turn, so that those of one colour share no source; 3 for more than 2.
 int colours_of(const std::vector<Run>& frames) {
     const auto overlap = [&](size_t apart) {
         for (size_t i = apart; i < frames.size(); ++i)
@@ -560,14 +566,11 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     plan->panel_bytes = PANEL_BYTES;
     const Cutting plane_cut{1, false, 1, 0.0, false};
     const Cutting cuts[AXES] = {plane_cut, shape.rows, shape.columns};
-    // vectors of several rows are aligned to the windows' own rows; a closed unit holds whole windows
+    // vectors of several rows are aligned to the windows' own rows
     Ends ends[AXES] = {Ends::ANYWHERE, shape.rows_per_vector > 1 ? Ends::ALSO_AT_GAPS : Ends::ANYWHERE, Ends::ANYWHERE};
     const ClassView* firsts[AXES] = {&planes, &rows, &columns};
     if (request.colours)
-        for (int a = 0; a < AXES; ++a) {
-            if (segments_of(*firsts[a]).size() == 2) ends[a] = Ends::EVENLY;
-            else if (ends[a] == Ends::ANYWHERE) ends[a] = Ends::ONLY_AT_GAPS;
-        }
+        for (int a = 0; a < AXES; ++a) ends[a] = closed_ends(*firsts[a], ends[a]);
     std::vector<BlockSize> sizes[AXES];
     double classes = 1, seen[AXES];
     for (int a = 0; a < AXES; ++a) {
@@ -596,7 +599,8 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
         }
     }
     int colours[AXES] = {0, 1, 1};
-    if (request.colours && request.lists.size() == 1 && blocking.is_found) choose_colours(*plan, request, frames, colours);
+    const bool may_close = request.colours && request.lists.size() == 1 && blocking.is_found;
+    if (may_close) choose_colours(*plan, request, frames, colours);
     plan->is_closed = colours[0] > 0;
     if (!plan->is_closed) colours[0] = colours[1] = colours[2] = 1;
     fill_units(*plan, frames, colours);
