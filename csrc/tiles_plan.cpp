@@ -28,7 +28,10 @@ SourceAxis forward_axis(const AxisTable& table, bool takes_bias, int64_t bias_le
     axis.turn = table.wraps ? static_cast<int32_t>(table.length / table.step) : 0;
     for (int64_t query = 0; query < table.queries; ++query) {
         const int64_t first = floor_mod(table.start[query], table.step);
-        const int64_t low = (table.start[query] - first) / table.step;
+        int64_t low = (table.start[query] - first) / table.step;
+        // who sees nothing may stand beyond the axis; what is packed must not
+        if (!table.count[query] && !table.wraps)
+            low = std::max<int64_t>(std::min(low, ceil_div(table.length - first, table.step)), 0);
         axis.first.push_back(static_cast<int32_t>(first));
         axis.low.push_back(static_cast<int32_t>(low));
         axis.high.push_back(static_cast<int32_t>(low + table.count[query]));
