@@ -67,6 +67,8 @@ int64_t vicinal_workspace_bytes(void) { return int64_t(vicinal::workspace_bytes(
 
 void vicinal_poison_workspace(void) { vicinal::poison_workspace(); }
 
+void vicinal_shrink_units(int64_t bytes) { vicinal::tiles_shrink_units(bytes); }
+
 int64_t vicinal_attend(const vicinal_call* call, char* message, int64_t message_bytes) {
     return vicinal::guarded(message, message_bytes, [&] {
         const vicinal::Problem problem = vicinal::settled(call, vicinal::Purpose::FORWARD);

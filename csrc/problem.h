@@ -90,6 +90,7 @@ void simple_describe(const Problem& problem, vicinal_description* groups);
 void tiles_forward(const Problem& problem);
 void tiles_backward(const Problem& problem);
 void tiles_describe(const Problem& problem, vicinal_description* groups);
+void tiles_shrink_units(int64_t bytes);
 
 // The strategy for a problem where the caller leaves it open.
 vicinal_strategy choose_strategy(const Problem& problem);

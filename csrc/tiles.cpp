@@ -35,7 +35,7 @@ std::vector<int64_t> fingerprint(const std::vector<Member>& members, const Group
                                  const PlanRequest& request) {
     std::vector<int64_t> numbers = {direction,        request.lanes,  request.pair, request.key_dim, request.value_dim,
                                     request.floats,   request.copies, group.takes_bias,
-                                    request.token_bytes};
+                                    request.colours,  request.unit_bytes, request.token_bytes};
     for (int a = 0; a < AXES; ++a) {
         numbers.push_back(request.sources[a]);
         numbers.push_back(request.targets[a]);
@@ -101,8 +101,12 @@ struct Work {
     int64_t group;
     int64_t heads;  // that units are run for: of queries, or of keys
 
-    int64_t units() const { return static_cast<int64_t>(plan->units.size()); }
-    int64_t count() const { return units() * samples * heads; }
+    int64_t colours() const { return static_cast<int64_t>(plan->colours.size()) - 1; }
+    int64_t units(int64_t colour) const {
+        return colour < colours() ? plan->colours[colour + 1] - plan->colours[colour] : 0;
+    }
+    const Unit& unit(int64_t colour, int64_t number) const { return plan->units[plan->colours[colour] + number]; }
+    int64_t count(int64_t colour) const { return units(colour) * samples * heads; }
 };
 
 Operand operand_of(const View& view, const int* order, int64_t dim) {
@@ -112,6 +116,7 @@ Operand operand_of(const View& view, const int* order, int64_t dim) {
 }
 
 std::atomic<int64_t> serials{1};
+std::atomic<int64_t> unit_bytes{0};
 
 void fill_job(const Problem& problem, const std::vector<Member>& members, const Group& group, Direction direction, Work& work) {
     const vicinal_call& call = problem.call;
@@ -239,7 +244,9 @@ std::vector<std::unique_ptr<Work>> all_work(const Problem& problem, Direction di
             request.floats = (call.head_dim + call.value_dim) * (direction == FORWARD ? 1 : 2) / kernels->pair;
             request.token_bytes = call.heads * call.head_dim * problem.element_bytes;
             request.copies = work->samples * work->heads;
-            request.wants_closed = direction == CLOSED;
+            // units that share sources add to gradients in the tensor, which costs the short types too much precision
+            request.colours = direction != CLOSED ? 0 : call.dtype == VICINAL_FLOAT32 ? 2 : 1;
+            request.unit_bytes = unit_bytes;
             for (int a = 0; a < AXES; ++a) {
                 request.targets[a] = direction == BACKWARD ? members[0].axis[a].length
                                      : direction != EXTRA  ? members[0].axis[a].queries
@@ -269,17 +276,17 @@ void* get_memory(int slot, size_t bytes) { return workspace(slot, bytes); }
 
 using Visit = void (*)(const TileKernels&, const Job&, const Unit&, int64_t, int64_t, const Workspace&);
 
-void run_all(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels, Visit visit,
-             Direction direction) {
+void run_colour(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels,
+                Visit visit, Direction direction, int64_t colour) {
     std::vector<int64_t> begins{0};
-    for (const auto& work : all) begins.push_back(begins.back() + work->count());
+    for (const auto& work : all) begins.push_back(begins.back() + work->count(colour));
     const Workspace memory{get_memory};
     const int64_t shared = problem.call.heads / problem.call.kv_heads;
     parallel_for(begins.back(), problem.call.threads, [&](int64_t index) {
         const size_t which = std::upper_bound(begins.begin(), begins.end(), index) - begins.begin() - 1;
         const Work& work = *all[which];
         int64_t rest = index - begins[which], head, unit;
-        const int64_t units = work.units();
+        const int64_t units = work.units(colour);
         if (work.job.bias) {  // a head's table is prepared once for all its units
             unit = rest % units;
             rest /= units;
@@ -292,8 +299,16 @@ void run_all(const Problem& problem, const std::vector<std::unique_ptr<Work>>& a
             rest /= units;
         }
         if (direction != FORWARD) head += work.job.first_head / shared;
-        visit(*kernels, work.job, work.plan->units[unit], work.sample_begin + rest, head, memory);
+        visit(*kernels, work.job, work.unit(colour, unit), work.sample_begin + rest, head, memory);
     });
+}
+
+// Units of one colour at once, colours one after another.
+void run_all(const Problem& problem, const std::vector<std::unique_ptr<Work>>& all, const TileKernels* kernels,
+             Visit visit, Direction direction) {
+    int64_t colours = 0;
+    for (const auto& work : all) colours = std::max(colours, work->colours());
+    for (int64_t colour = 0; colour < colours; ++colour) run_colour(problem, all, kernels, visit, direction, colour);
 }
 
 // Writes one number into all rows of a view that lie outside a sample's own grid, for all heads.
@@ -371,15 +386,20 @@ void grad_query_with_bias(const Problem& problem, const std::vector<std::unique_
         const int R = job.rows_per_vector, C = kernels->lanes / R;
         const int64_t row = static_cast<int64_t>(job.bias_length[2] + 2 * C) * R;
         const int64_t plane = row * (job.bias_length[1] + R - 1), size = plane * job.bias_length[0] + kernels->lanes;
-        const int64_t total = work.units() * work.samples, shares = std::min(SHARES, total);
+        int64_t shares = 1;
+        for (int64_t colour = 0; colour < work.colours(); ++colour)
+            shares = std::max(shares, std::min(SHARES, work.units(colour) * work.samples));
         std::vector<float> tables(size * shares * work.heads, 0.0f);
-        parallel_for(shares * work.heads, problem.call.threads, [&](int64_t index) {
-            const int64_t head = index / shares, share = index % shares;
-            float* table = tables.data() + index * size;
-            for (int64_t i = total * share / shares; i < total * (share + 1) / shares; ++i)
-                visit(job, work.plan->units[i % work.units()], work.sample_begin + i / work.units(),
-                      visit == kernels->closed ? head + job.first_head : head, table, memory);
-        });
+        for (int64_t colour = 0; colour < work.colours(); ++colour) {
+            const int64_t units = work.units(colour), total = units * work.samples;
+            parallel_for(shares * work.heads, problem.call.threads, [&](int64_t index) {
+                const int64_t head = index / shares, share = index % shares;
+                float* table = tables.data() + index * size;
+                for (int64_t i = total * share / shares; i < total * (share + 1) / shares; ++i)
+                    visit(job, work.unit(colour, i % units), work.sample_begin + i / units,
+                          visit == kernels->closed ? head + job.first_head : head, table, memory);
+            });
+        }
         const int64_t begin = problem.groups[work.group].bias_begin;
         for (int64_t head = 0; head < work.heads; ++head)
             for (int64_t a = 0; a < job.bias_length[0]; ++a)
@@ -406,7 +426,7 @@ void zero_gradients_outside(const Problem& problem) {
     }
 }
 
-// The backward in one go, where units share no keys; false where it must be done in parts.
+// The backward in one go, where units of one colour share no keys; false where it must be done in parts.
 bool backward_at_once(const Problem& problem, const TileKernels* kernels) {
     const bool shares_heads = problem.call.heads != problem.call.kv_heads;
     if (!kernels->closed || problem.extra_key || splits_key_heads(problem) || (shares_heads && problem.grad_bias)) return false;
@@ -510,13 +530,16 @@ vicinal_strategy choose_strategy(const Problem& problem) {
     return writes_keys && problem.call.dtype != VICINAL_FLOAT32 && splits_key_heads(problem) ? VICINAL_SIMPLE : VICINAL_TILES;
 }
 
+void tiles_shrink_units(int64_t bytes) { unit_bytes = bytes; }
+
 void tiles_describe(const Problem& problem, vicinal_description* groups) {
     const TileKernels* kernels = kernels_for(problem);
     simple_describe(problem, groups);  // counts the pairs, which members of a union may share
     for (const auto& work : all_work(problem, FORWARD, kernels)) {
         if (work->sample_begin) break;
         groups[work->group] = {VICINAL_TILES,     problem.call.isa,  kernels->lanes,       work->plan->rows_per_vector,
-                               work->plan->tiles, groups[work->group].pairs, work->plan->computed, work->units()};
+                               work->plan->tiles, groups[work->group].pairs, work->plan->computed,
+                               static_cast<int64_t>(work->plan->units.size())};
     }
 }
 

@@ -60,6 +60,9 @@ struct Axis {
 struct Unit {
     const Axis* axis[3];
     int32_t block[3];
+    // In the backward at once: on each axis, sources below `shared_low` and from `shared_high` on are also those of
+    // blocks of an earlier colour.
+    int32_t shared_low[3], shared_high[3];
 };
 
 struct Operand {
@@ -114,8 +117,8 @@ struct TileKernels {
                        const Workspace& workspace);
     // head is a key head; the query heads that share it are summed here
     void (*grad_key_value)(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace);
-    // all of the backward at once, for a unit of queries whose keys no other unit sees; null where there is none. head
-    // is a key head; grad_bias as above, only where a key head has one query head
+    // all of the backward at once, for a unit of queries whose keys no other unit sees meanwhile; null where there is
+    // none. head is a key head; grad_bias as above, only where a key head has one query head
     void (*closed)(const Job& job, const Unit& unit, int64_t sample, int64_t head, float* grad_bias,
                    const Workspace& workspace);
 };

@@ -1,7 +1,8 @@
-// The whole backward of a unit whose sources nobody else sees: windows, dilated groups, small maps.
+// The whole backward of a unit whose sources nobody else sees meanwhile.
 //
 // Scores and weights are computed once for all three gradients, and those of keys and values are summed up beside the
-// panel. Where units share sources this would race, and keys are visited apart (tiles_backward.h).
+// panel. Units that share sources have different colours, and colours are run one after another: a unit adds to what an
+// earlier colour has written. Where two colours on an axis do not suffice, keys are visited apart (tiles_backward.h).
 
 #ifndef VICINAL_TILES_CLOSED_H
 #define VICINAL_TILES_CLOSED_H
@@ -28,16 +29,49 @@ VICINAL_APART void closed_pass(const Job& job, const Panel& panel, const float* 
     tile.is_fresh = false;
 }
 
-// Writes what was summed up for the sources of a panel; each of them stands in one panel only.
+// Adds factor * sums to a row of float32.
 template <class S>
-inline void write_sources(const Job& job, const Packer<S>& packer, const Operand& operand, int64_t base, const float* sums,
-                          float factor) {
+VICINAL_INLINE void add_to_row(const Operand& operand, int64_t offset, const float* sums, float factor) {
+    constexpr int W = S::LANES;
+    float* to = reinterpret_cast<float*>(const_cast<char*>(operand.data)) + offset;
+    const int64_t dim = operand.dim, stride = operand.channel;
+    int64_t d = 0;
+    if (stride == 1)
+        for (; d + W <= dim; d += W) S::store(to + d, S::fma(S::load(sums + d), S::all(factor), S::load(to + d)));
+    for (; d < dim; ++d) to[d * stride] += sums[d] * factor;
+}
+
+// Sums of the sources of a panel start at 0; those of the rim are never looked at.
+template <class S>
+inline void clear_sources(const Packer<S>& packer, int64_t padded, float* sums) {
+    const int64_t size = (packer.chunk.column_end - packer.chunk.column_begin) * packer.frame.R * padded;
+    for (int64_t group = 0; group < packer.frame.row_groups(); ++group) {
+        float* row = sums + group * packer.width * padded;
+        for (int64_t i = 0; i < size; i += S::LANES) S::store(row + i, S::zero());
+    }
+}
+
+// Writes what was summed up for the sources of a panel, or adds it where a unit of an earlier colour has written.
+template <class S>
+inline void write_sources(const Job& job, const Unit& unit, const Packer<S>& packer, const Operand& operand,
+                          int64_t base, const float* sums, float factor) {
     if (!operand.data) return;
+    const Frame& f = packer.frame;
     const int64_t padded = round_up(operand.dim, S::LANES);
-    for (int64_t group = 0; group < packer.frame.row_groups(); ++group)
-        packer.each_source(operand, base, group, [&](int64_t lane, int64_t place) {
-            store_row<S>(job.dtype, operand, place, sums + (group * packer.width + lane) * padded, factor);
+    const auto is_shared = [&](int axis, int64_t place) VICINAL_LAMBDA {
+        return place < unit.shared_low[axis] || place >= unit.shared_high[axis];
+    };
+    for (int64_t group = 0; group < f.row_groups(); ++group) {
+        const bool adds_all = is_shared(0, f.plane_begin + group / f.groups);
+        const int64_t row = f.row_origin + group % f.groups * f.R;
+        packer.each_source(operand, base, group, [&](int64_t lane, int64_t place) VICINAL_LAMBDA {
+            const float* from = sums + (group * packer.width + lane) * padded;
+            if (adds_all || is_shared(1, row + lane % f.R) || is_shared(2, packer.chunk.column_begin + lane / f.R))
+                add_to_row<S>(operand, place, from, factor);
+            else
+                store_row<S>(job.dtype, operand, place, from, factor);
         });
+    }
 }
 
 // A unit on its way through the queries of one head.
@@ -141,8 +175,8 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     float* out = arena.take<float>(2 * value_padded);
     float* queries = arena.take<float>(targets_floats(key_dim));
     float* grads = arena.take<float>(targets_floats(value_dim));
-    for (int64_t i = 0; i < places * key_padded; ++i) grad_keys[i] = 0.0f;
-    for (int64_t i = 0; i < places * value_padded; ++i) grad_values[i] = 0.0f;
+    clear_sources<S>(filler.packer, key_padded, grad_keys);
+    clear_sources<S>(filler.packer, value_padded, grad_values);
     // channels that fill a vector up are multiplied too
     for (int64_t i = 0; i < targets_floats(key_dim); ++i) queries[i] = 0.0f;
     for (int64_t i = 0; i < targets_floats(value_dim); ++i) grads[i] = 0.0f;
@@ -171,8 +205,8 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
                 closed_tile<S>(run, tile, walk, filler);
         });
     }
-    write_sources<S>(job, filler.packer, job.grad_key, to_keys, grad_keys, job.scale);
-    write_sources<S>(job, filler.packer, job.grad_value, to_values, grad_values, 1.0f);
+    write_sources<S>(job, unit, filler.packer, job.grad_key, to_keys, grad_keys, job.scale);
+    write_sources<S>(job, unit, filler.packer, job.grad_value, to_values, grad_values, 1.0f);
 }
 
 }  // namespace

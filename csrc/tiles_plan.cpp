@@ -10,7 +10,10 @@ namespace vicinal {
 namespace {
 
 constexpr int64_t PANEL_BYTES = 448 << 10;  // of a second-level cache of half a megabyte and more
-constexpr int64_t CLOSED_BYTES = 1 << 20;  // of a unit that shares no source: panel and sums together
+// Of a unit that does its whole backward, panel and sums together: what a row of tiles sees, and all.
+constexpr int64_t NEAR_BYTES = 1280 << 10, CLOSED_BYTES = 4 << 20;
+constexpr double BACKWARD_WORK = 2.5;  // in times of the forward's
+constexpr double OTHER_WORK = 0.4;     // that it saves
 constexpr int64_t STATE_BYTES = 256 << 10;
 constexpr double REACH_BYTES = 4352 << 10;  // about half of what a second-level TLB knows, in pages of 4 KB; fitted
 constexpr int64_t EVEN_SHARES = 8;  // units should come out even on so many threads; not on the threads there are,
@@ -26,7 +29,10 @@ SourceAxis forward_axis(const AxisTable& table, bool takes_bias, int64_t bias_le
     axis.turn = table.wraps ? static_cast<int32_t>(table.length / table.step) : 0;
     for (int64_t query = 0; query < table.queries; ++query) {
         const int64_t first = floor_mod(table.start[query], table.step);
-        const int64_t low = (table.start[query] - first) / table.step;
+        int64_t low = (table.start[query] - first) / table.step;
+        // who sees nothing may stand beyond the axis; what is packed must not
+        if (!table.count[query] && !table.wraps)
+            low = std::max<int64_t>(std::min(low, ceil_div(table.length - first, table.step)), 0);
         axis.first.push_back(static_cast<int32_t>(first));
         axis.low.push_back(static_cast<int32_t>(low));
         axis.high.push_back(static_cast<int32_t>(low + table.count[query]));
@@ -209,18 +215,27 @@ Shape choose_shape(const PlanRequest& request, const ClassView& rows, const Clas
     return best;
 }
 
-// Where blocks may end: anywhere, with every gap between windows, or only there.
-enum class Ends { ANYWHERE, ALSO_AT_GAPS, ONLY_AT_GAPS };
+// Where blocks may end: anywhere, with every gap between windows, only there, or so that all are as long.
+enum class Ends { ANYWHERE, ALSO_AT_GAPS, ONLY_AT_GAPS, EVENLY };
+
+// Where units that do their whole backward end: where there are windows they hold whole ones.
+Ends closed_ends(const ClassView& view, Ends otherwise) {
+    if (segments_of(view).size() == 2) return Ends::EVENLY;  // one segment
+    return otherwise == Ends::ANYWHERE ? Ends::ONLY_AT_GAPS : otherwise;
+}
 
 // Blocks of at most `most` targets, or more where they may not end sooner.
 std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles, int64_t most, Ends ends) {
     std::vector<Run> blocks;
     const std::vector<int64_t> begins = segments_of(view);
+    const int64_t pieces = ceil_div(view.targets, most);
     size_t s = 0;
     for (size_t t = 0; t < tiles.size(); ++t) {
         const bool is_gap = begins[s + 1] <= tiles[t].begin;
         while (begins[s + 1] <= tiles[t].begin) ++s;
-        const bool is_full = !blocks.empty() && tiles[t].end - tiles[blocks.back().begin].begin > most;
+        const bool is_full = !blocks.empty() && (ends == Ends::EVENLY
+                                 ? tiles[t].begin * pieces >= static_cast<int64_t>(blocks.size()) * view.targets
+                                 : tiles[t].end - tiles[blocks.back().begin].begin > most);
         const bool opens = blocks.empty() || (ends == Ends::ONLY_AT_GAPS ? is_gap && is_full
                                               : ends == Ends::ALSO_AT_GAPS ? is_gap || is_full
                                                                            : is_full);
@@ -230,15 +245,35 @@ std::vector<Run> join_tiles(const ClassView& view, const std::vector<Run>& tiles
     return blocks;
 }
 
+// The sources of each block of a class, in steps; of the first list.
+std::vector<Run> frames_of(const ClassView& view, const std::vector<Run>& tiles, const std::vector<Run>& blocks) {
+    std::vector<Run> frames;
+    for (const Run& block : blocks) {
+        const int64_t low = view.low(0, tiles[block.begin].begin), high = view.high(0, tiles[block.end - 1].end - 1);
+        frames.push_back({static_cast<int32_t>(low), static_cast<int32_t>(std::max(low, high))});
+    }
+    return frames;
+}
+
+// Colours that blocks of an axis need, taken in turn, so that those of one colour share no source; 3 for more than 2.
+int colours_of(const std::vector<Run>& frames) {
+    const auto overlap = [&](size_t apart) {
+        for (size_t i = apart; i < frames.size(); ++i)
+            if (frames[i].begin < frames[i - apart].end) return true;
+        return false;
+    };
+    return overlap(2) ? 3 : overlap(1) ? 2 : 1;
+}
+
 // What blocks of some size cost on an axis.
 struct BlockSize {
     int64_t most;
+    int colours;
     double blocks, sources, widest, targets;
     double in_sight;  // sources that a tile sees, the vectors' own rims included
 };
 
-std::vector<BlockSize> block_sizes(const ClassView& view, const Cutting& cutting, Ends ends) {
-    const std::vector<Run> tiles = cut_class(view, cutting);
+std::vector<BlockSize> block_sizes(const ClassView& view, const Cutting& cutting, const std::vector<Run>& tiles, Ends ends) {
     double in_sight = 0;
     for (const auto& kind : kinds_of(view, cutting, tiles))
         in_sight = std::max<double>(in_sight, static_cast<double>(kind.first.second * cutting.unit));
@@ -248,8 +283,9 @@ std::vector<BlockSize> block_sizes(const ClassView& view, const Cutting& cutting
         const int64_t most = ceil_div(view.targets, pieces);
         if (most == last) continue;
         last = most;
-        BlockSize size{most, 0, 0, 0, 0, in_sight};
-        for (const Run& block : join_tiles(view, tiles, most, ends)) {
+        const std::vector<Run> blocks = join_tiles(view, tiles, most, ends);
+        BlockSize size{most, colours_of(frames_of(view, tiles, blocks)), 0, 0, 0, 0, in_sight};
+        for (const Run& block : blocks) {
             const int64_t begin = tiles[block.begin].begin, end = tiles[block.end - 1].end;
             double sources = 0;
             for (size_t list = 0; list < view.lists.size(); ++list)
@@ -266,14 +302,19 @@ std::vector<BlockSize> block_sizes(const ClassView& view, const Cutting& cutting
 }
 
 struct Blocking {
-    int64_t most[AXES];
+    int64_t most[AXES] = {1, 1, 1};
+    bool is_found = false;
 };
 
+int64_t panel_of(const PlanRequest& request) {
+    return request.unit_bytes ? std::min(request.unit_bytes, PANEL_BYTES) : PANEL_BYTES;
+}
+
 Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, double compute, double classes) {
-    Blocking best{{1, 1, 1}};
+    Blocking best;
     double least_cost = 1e300;
     const double pack = 1.0 + 0.4 * request.floats * 16 / request.lanes / 8;
-    const double state = 4.0 * (request.value_dim + request.lanes);
+    const double state = 4.0 * (request.value_dim + request.lanes), panel_bytes = static_cast<double>(panel_of(request));
     for (const BlockSize& a : sizes[0])
         for (const BlockSize& b : sizes[1])
             for (const BlockSize& c : sizes[2]) {
@@ -284,17 +325,70 @@ Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>*
                 double cost = a.sources * b.sources * c.sources * pack + blocks * 600;
                 // heads take turns in a block, on the same pages
                 if ((a.widest * b.widest * c.widest + targets) * 2 * request.token_bytes > REACH_BYTES) cost *= 3;
-                if (bytes > PANEL_BYTES) {
+                if (bytes > panel_bytes) {
                     if (targets * state > STATE_BYTES) continue;
-                    cost += blocks * targets * std::ceil(bytes / PANEL_BYTES) * (request.value_dim / 4.0 + 40);
+                    cost += blocks * targets * std::ceil(bytes / panel_bytes) * (request.value_dim / 4.0 + 40);
                 }
                 const double units = blocks * classes * request.copies, shares = EVEN_SHARES;
                 const double idle = std::ceil(units / shares) * shares / units - 1;
                 cost += (compute + cost) * std::min(idle, 4.0) * 0.3;
                 if (cost < least_cost) {
                     least_cost = cost;
-                    best = {{a.most, b.most, c.most}};
+                    best = {{a.most, b.most, c.most}, true};
                 }
+            }
+    return best;
+}
+
+// Bytes per source of a unit that does its whole backward: keys twice, values, and the sums of both.
+int64_t closed_bytes(const PlanRequest& request) {
+    const int64_t key = ceil_div(request.key_dim, request.lanes) * request.lanes;
+    const int64_t value = ceil_div(request.value_dim, request.lanes) * request.lanes;
+    return (3 * key + 2 * value) * 4;
+}
+
+// What units cost beside their work on threads that wait for others: each colour is over when its last unit is. Counted
+// for a few threads and for many, not for those there are.
+double idle_cost(double units, double colours) {
+    const auto waited = [&](double threads) {
+        return std::min(std::ceil(units / colours / threads) * threads * colours / units - 1, 4.0);
+    };
+    return 0.3 * waited(4) + 0.05 * waited(8) + 0.02 * waited(32);
+}
+
+// The most sources that a tile sees.
+double widest_tile(const ClassView& view, const std::vector<Run>& tiles) {
+    int64_t most = 0;
+    for (const Run& tile : tiles) most = std::max(most, view.high(0, tile.end - 1) - view.low(0, tile.begin));
+    return static_cast<double>(most);
+}
+
+// Blocks for units that do their whole backward, where a row of tiles sees so many sources on the first two axes. What
+// units share is packed, and its sums are written, by each of them, and so is a vector more in every row: 10 cycles a
+// vector, fitted to times of blocks of many sizes.
+Blocking choose_closed_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, const double* seen,
+                              const Shape& shape, double compute, double classes) {
+    Blocking best;
+    double least_cost = 1e300;
+    const double bytes = static_cast<double>(closed_bytes(request)), pack = 10 * bytes / 4 / request.lanes;
+    const double rim = static_cast<double>(shape.columns.unit);
+    for (const BlockSize& a : sizes[0])
+        for (const BlockSize& b : sizes[1])
+            for (const BlockSize& c : sizes[2]) {
+                if (std::max({a.colours, b.colours, c.colours}) > request.colours) continue;
+                const double near = std::min(a.widest, seen[0]) * std::min(b.widest, seen[1]) * c.widest;
+                const double all = a.widest * b.widest * c.widest;
+                if (request.unit_bytes ? all * bytes > static_cast<double>(request.unit_bytes)
+                                       : near * bytes > NEAR_BYTES || all * bytes > CLOSED_BYTES)
+                    continue;
+                const double blocks = a.blocks * b.blocks * c.blocks, colours = a.colours * b.colours * c.colours;
+                const double packed = a.sources * b.sources * (c.sources + c.blocks * rim);
+                const double idle = idle_cost(blocks * classes * request.copies, colours);
+                if (idle > OTHER_WORK && (colours > 1 || all * bytes > NEAR_BYTES) && !request.unit_bytes) continue;
+                const double cost = (BACKWARD_WORK * compute + packed * pack + blocks * 1500) * (1 + idle);
+                if (cost >= least_cost) continue;
+                least_cost = cost;
+                best = {{a.most, b.most, c.most}, true};
             }
     return best;
 }
@@ -383,28 +477,79 @@ bool has_plain_centers(const std::vector<Member>& members) {
 
 namespace {
 
-// Whether no two units see the same source, no source is left out, and the sources of each fit.
-bool is_closed(const Plan& plan, const PlanRequest& request) {
-    if (request.lists.size() != 1) return false;
-    double most = 1;
-    for (int a = 0; a < AXES; ++a) {
-        int64_t seen = 0, widest = 0;
-        for (const ClassAxis& one : plan.classes[a]) {
-            if (one.sources[0].turn) return false;
-            int64_t before = 0;
-            for (const Run& block : one.blocks) {
-                const int64_t low = one.sources[0].low[one.tiles[block.begin].begin];
-                const int64_t high = std::max<int64_t>(one.sources[0].high[one.tiles[block.end - 1].end - 1], low);
-                if (low < before) return false;
-                before = high;
-                seen += high - low;
-                widest = std::max(widest, high - low);
+// The sources of one axis, class by class and block by block.
+using AxisFrames = std::vector<std::vector<Run>>;
+
+// Whether every source of an axis is in the frame of some block, and of blocks of one class only.
+bool covers(const AxisFrames& frames, const std::vector<ClassAxis>& classes, int64_t sources) {
+    std::vector<int64_t> owner(sources, -1);
+    for (int64_t c = 0; c < static_cast<int64_t>(frames.size()); ++c) {
+        const Interval& interval = classes[c].sources[0];
+        if (interval.turn) return false;
+        for (const Run& frame : frames[c])
+            for (int64_t place = frame.begin; place < frame.end; ++place) {
+                const int64_t at = interval.first + static_cast<int64_t>(interval.step) * place;
+                if (at < 0 || at >= sources || (owner[at] != -1 && owner[at] != c)) return false;
+                owner[at] = c;
             }
-        }
-        if (seen != request.sources[plan.order[a]]) return false;
-        most *= static_cast<double>(widest + (a > 0 ? plan.rows_per_vector : 0));
     }
-    return most * static_cast<double>(request.floats) * 4 <= CLOSED_BYTES;
+    return std::find(owner.begin(), owner.end(), -1) == owner.end();
+}
+
+// Colours on each axis so that units of one colour share no source; 0 on the first where that cannot be, or where a
+// source would be left out.
+void choose_colours(const Plan& plan, const PlanRequest& request, const AxisFrames* frames, int* colours) {
+    for (int a = 0; a < AXES; ++a) {
+        colours[a] = 1;
+        for (const std::vector<Run>& own : frames[a]) colours[a] = std::max(colours[a], colours_of(own));
+        if (colours[a] > request.colours || !covers(frames[a], plan.classes[a], request.sources[plan.order[a]])) {
+            colours[0] = 0;
+            return;
+        }
+    }
+}
+
+// What a block shares with its neighbors, if those are of an earlier colour.
+void note_shared(Unit& unit, int axis, const std::vector<Run>& frames, int block, int colour) {
+    const bool is_last = block + 1 == static_cast<int>(frames.size());
+    unit.shared_low[axis] = colour ? frames[block - 1].end : frames[block].begin;
+    unit.shared_high[axis] = colour && !is_last ? frames[block + 1].begin : frames[block].end;
+}
+
+// Units of one class on each axis, by colour: block i of an axis has colour i modulo its colours.
+void add_units(const ClassAxis* const* classes, const std::vector<Run>* const* frames, const int* colours,
+               std::vector<std::vector<Unit>>& by_colour) {
+    Unit unit;
+    for (int a = 0; a < AXES; ++a) unit.axis[a] = &classes[a]->axis;
+    for (int32_t i = 0; i < unit.axis[0]->num_blocks; ++i)
+        for (int32_t j = 0; j < unit.axis[1]->num_blocks; ++j)
+            for (int32_t k = 0; k < unit.axis[2]->num_blocks; ++k) {
+                const int32_t block[AXES] = {i, j, k};
+                int colour = 0;
+                for (int a = 0; a < AXES; ++a) {
+                    const int own = block[a] % colours[a];
+                    unit.block[a] = block[a];
+                    note_shared(unit, a, *frames[a], block[a], own);
+                    colour = colour * colours[a] + own;
+                }
+                by_colour[colour].push_back(unit);
+            }
+}
+
+void fill_units(Plan& plan, const AxisFrames* frames, const int* colours) {
+    std::vector<std::vector<Unit>> by_colour(colours[0] * colours[1] * colours[2]);
+    for (size_t a = 0; a < frames[0].size(); ++a)
+        for (size_t b = 0; b < frames[1].size(); ++b)
+            for (size_t c = 0; c < frames[2].size(); ++c) {
+                const ClassAxis* const classes[AXES] = {&plan.classes[0][a], &plan.classes[1][b], &plan.classes[2][c]};
+                const std::vector<Run>* const own[AXES] = {&frames[0][a], &frames[1][b], &frames[2][c]};
+                add_units(classes, own, colours, by_colour);
+            }
+    plan.colours.push_back(0);
+    for (const std::vector<Unit>& units : by_colour) {
+        plan.units.insert(plan.units.end(), units.begin(), units.end());
+        plan.colours.push_back(static_cast<int64_t>(plan.units.size()));
+    }
 }
 
 }  // namespace
@@ -434,25 +579,30 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     const ClassView planes = view(0, 0), rows = view(1, 0), columns = view(2, 0);
     const Shape shape = choose_shape(request, some_of(rows), some_of(columns), widest(request.lists, plan->order[1]));
     plan->rows_per_vector = shape.rows_per_vector;
-    plan->panel_bytes = PANEL_BYTES;
+    plan->panel_bytes = panel_of(request);
     const Cutting plane_cut{1, false, 1, 0.0, false};
     const Cutting cuts[AXES] = {plane_cut, shape.rows, shape.columns};
-    // vectors of several rows are aligned to the windows' own rows; a closed unit holds whole windows
+    // vectors of several rows are aligned to the windows' own rows
     Ends ends[AXES] = {Ends::ANYWHERE, shape.rows_per_vector > 1 ? Ends::ALSO_AT_GAPS : Ends::ANYWHERE, Ends::ANYWHERE};
-    if (request.wants_closed)
-        for (Ends& end : ends) end = end == Ends::ALSO_AT_GAPS ? end : Ends::ONLY_AT_GAPS;
-    std::vector<BlockSize> sizes[AXES];
     const ClassView* firsts[AXES] = {&planes, &rows, &columns};
-    double classes = 1;
+    if (request.colours)
+        for (int a = 0; a < AXES; ++a) ends[a] = closed_ends(*firsts[a], ends[a]);
+    std::vector<BlockSize> sizes[AXES];
+    double classes = 1, seen[AXES];
     for (int a = 0; a < AXES; ++a) {
-        sizes[a] = block_sizes(*firsts[a], cuts[a], ends[a]);
+        const std::vector<Run> tiles = cut_class(*firsts[a], cuts[a]);
+        sizes[a] = block_sizes(*firsts[a], cuts[a], tiles, ends[a]);
+        seen[a] = widest_tile(*firsts[a], tiles);
         classes *= static_cast<double>(std::min(step[a], request.targets[plan->order[a]]));
     }
     double seen_planes = 0;
     for (int64_t p = 0; p < planes.targets; ++p) seen_planes += static_cast<double>(planes.high(0, p) - planes.low(0, p));
     const double share = static_cast<double>(some_of(rows).targets) * some_of(columns).targets /
                          (static_cast<double>(rows.targets) * columns.targets);
-    const Blocking blocking = choose_blocks(request, sizes, shape.cost / share * seen_planes, classes);
+    const double compute = shape.cost / share * seen_planes;
+    const Blocking blocking = request.colours ? choose_closed_blocks(request, sizes, seen, shape, compute, classes)
+                                              : choose_blocks(request, sizes, compute, classes);
+    AxisFrames frames[AXES];
     for (int a = 0; a < AXES; ++a) {
         const int64_t residues = std::min(step[a], request.targets[plan->order[a]]);
         plan->classes[a].resize(residues);
@@ -460,21 +610,22 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
             const ClassView own = view(a, residue);
             std::vector<Run> tiles = cut_class(own, cuts[a]);
             std::vector<Run> blocks = join_tiles(own, tiles, blocking.most[a], ends[a]);
+            frames[a].push_back(frames_of(own, tiles, blocks));
             fill_class(plan->classes[a][residue], own, request.lists, plan->order[a], std::move(tiles), std::move(blocks));
         }
     }
-    plan->is_closed = request.wants_closed && is_closed(*plan, request);
+    int colours[AXES] = {0, 1, 1};
+    const bool may_close = request.colours && request.lists.size() == 1 && blocking.is_found;
+    if (may_close) choose_colours(*plan, request, frames, colours);
+    plan->is_closed = colours[0] > 0;
+    if (!plan->is_closed) colours[0] = colours[1] = colours[2] = 1;
+    fill_units(*plan, frames, colours);
     for (const SourceList& list : request.lists) plan->member_of_list.push_back(list.member);
     plan->tiles = plan->computed = 0;
     for (const ClassAxis& a : plan->classes[0])
         for (const ClassAxis& b : plan->classes[1])
-            for (const ClassAxis& c : plan->classes[2]) {
+            for (const ClassAxis& c : plan->classes[2])
                 plan->tiles += static_cast<int64_t>(a.tiles.size()) * b.tiles.size() * c.tiles.size();
-                for (int32_t i = 0; i < a.axis.num_blocks; ++i)
-                    for (int32_t j = 0; j < b.axis.num_blocks; ++j)
-                        for (int32_t k = 0; k < c.axis.num_blocks; ++k)
-                            plan->units.push_back({{&a.axis, &b.axis, &c.axis}, {i, j, k}});
-            }
     // what is computed is a product over the axes, list by list
     for (size_t list = 0; list < request.lists.size(); ++list) {
         int64_t computed[AXES] = {0, 0, 0};

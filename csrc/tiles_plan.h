@@ -33,7 +33,8 @@ struct PlanRequest {
     int64_t floats;              // packed per source
     int64_t token_bytes;         // from one target or source to the next, in memory
     int64_t copies;              // batch times heads: how often the units are run
-    bool wants_closed;           // units should share no source
+    int colours;                 // of units on an axis, if units of one colour should share no source; 0 if they may
+    int64_t unit_bytes;          // at most, for a panel or a unit that does its whole backward; 0: as is best
 };
 
 // One class of targets on one axis, with the memory that its `Axis` points into.
@@ -50,9 +51,10 @@ struct Plan {
     int rows_per_vector;
     int64_t panel_bytes;
     std::vector<ClassAxis> classes[AXES];  // on each axis in its new place
-    std::vector<Unit> units;
+    std::vector<Unit> units;       // colour by colour
+    std::vector<int64_t> colours;  // where each colour's units begin, and the end
     std::vector<int32_t> member_of_list;
-    bool is_closed;  // every source belongs to just one unit, whose sources fit a panel
+    bool is_closed;  // units of one colour share no source, every source belongs to a unit, and those of each fit
     int64_t tiles, computed;  // of all classes
 };
 

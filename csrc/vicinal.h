@@ -100,6 +100,7 @@ VICINAL_EXPORT int64_t vicinal_abi(void);
 VICINAL_EXPORT int64_t vicinal_best_isa(void);
 VICINAL_EXPORT int64_t vicinal_workspace_bytes(void);  // held by the calling thread
 VICINAL_EXPORT void vicinal_poison_workspace(void);     // for tests: fills it with NaN, now and whenever it grows
+VICINAL_EXPORT void vicinal_shrink_units(int64_t bytes);  // for tests: and panels, to so many bytes; 0: as is best
 VICINAL_EXPORT int64_t vicinal_attend(const vicinal_call* call, char* message, int64_t message_bytes);
 VICINAL_EXPORT int64_t vicinal_attend_backward(const vicinal_call* call, char* message, int64_t message_bytes);
 VICINAL_EXPORT int64_t vicinal_describe(const vicinal_call* call, vicinal_description* groups, int64_t num_groups,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vicinal.ops.cpu import library
 
 Forced = Callable[..., None]
+Shrink = Callable[[int], None]
 
 
 class _Refuse(TorchDispatchMode):
@@ -39,3 +41,12 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forced]:
     yield force
     monkeypatch.undo()
     library.load.cache_clear()
+
+
+@pytest.fixture
+def shrink() -> Iterator[Shrink]:
+    """Sets how many bytes a panel or a unit of the CPU kernels may take, 0 for as many as is best, until the test ends."""
+    function = ctypes.CDLL(str(library.path())).vicinal_shrink_units
+    function.argtypes, function.restype = (ctypes.c_int64,), None
+    yield function
+    function(0)

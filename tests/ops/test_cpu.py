@@ -221,6 +221,28 @@ def test_record_that_contradicts_itself_is_an_error_and_not_a_crash() -> None:
         torch.ops.vicinal.attend(*arguments)
 
 
+BEYOND = """
+import ctypes, mmap
+import torch, vicinal
+from vicinal.pattern import AxisTable, Bounds, Group
+memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin), mmap.PAGESIZE, 0) == 0
+numbers = (ctypes.c_float * (7 * 16)).from_address(begin + mmap.PAGESIZE)
+key = torch.frombuffer(numbers, dtype=torch.float32).view(1, 7, 1, 16)
+table = AxisTable([-9, 0, 1, 2, 3, 4, 30], [0, 3, 3, 3, 3, 3, 0], 1, 7)
+out = vicinal.attention(torch.ones(1, 7, 1, 16), key, key + 1, Bounds((Group(((table,),)),)), backend="cpu")
+assert out[0, :, 0, 0].tolist() == [0, 1, 1, 1, 1, 1, 0], out
+"""
+"""A query that sees nothing stands far before the keys, which begin behind a page that nobody may read."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page as Linux does")
+def test_query_that_sees_nothing_may_stand_beyond_the_keys() -> None:
+    done = subprocess.run([sys.executable, "-c", BEYOND], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr[-3000:]}"
+
+
 @pytest.mark.parametrize("pattern", [Near(5), heads(Near(3), Full()), union(Near(3), Window(4))], ids=repr)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_description_counts_the_pairs(pattern: Any, strategy: str, forced: Forced) -> None:

@@ -14,7 +14,7 @@ from vicinal.ops.cpu import library
 from vicinal.pattern import Heads, Union
 
 from ..conftest import has_compiler
-from .conftest import Forced
+from .conftest import Forced, Shrink
 from .layouts import LAYOUTS
 from .oracle import head_masks
 from .problems import Problem, Tensors
@@ -59,7 +59,7 @@ def complaints(problem: Problem, dtype: torch.dtype, lay: Callable[[torch.Tensor
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 100))])
-def test_hundred_random_problems_agree_with_the_oracle(seed: int, forced: Forced) -> None:
+def test_hundred_random_problems_agree_with_the_oracle(seed: int, forced: Forced, shrink: Shrink) -> None:
     rng, failures = Random(seed), []
     used: collections.Counter[str] = collections.Counter()
     poison = ctypes.CDLL(str(library.path())).vicinal_poison_workspace
@@ -69,6 +69,7 @@ def test_hundred_random_problems_agree_with_the_oracle(seed: int, forced: Forced
         strategy, isa = chosen_strategy(rng, problem, dtype), rng.choice(ISAS)
         forced(strategy, isa)
         poison()
+        shrink((0, 1 << 12, 1 << 14, 1 << 16)[number % 4])  # the smaller, the more colours
         wrong = complaints(problem, dtype, lay)
         failures += [f"{number}: {problem!r}, {dtype}, {lay.__name__}, {strategy}, {isa}", *wrong] if wrong else []
         used.update((strategy, isa, type(problem.pattern).__name__))
