@@ -35,7 +35,7 @@ MOST_KEPT_BYTES = 32 << 20
 """What a call may keep for its backward: weights and copies of all tiles, or else the weights, or else nothing."""
 
 MOST_BY_PRODUCTS = 6000
-"""Scores of a tile up to which batched products take less time than torch's fused kernel."""
+"""Scores of a tile up to which, if nothing is added to them, products take less time than torch's fused kernel."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,7 +105,8 @@ def _attend(inputs: Inputs, plain: Plain, kept: list[torch.Tensor] | None = None
     part, tiles = _part(inputs, plain), plain.tiles
     out = RowSums(part.query, (len(part.query), part.value_dim), part.compute_dtype, come_once=True)
     lse = RowSums(part.query, (len(part.query),), part.compute_dtype, come_once=True)
-    is_fused = kept is None and can_fuse(part) and tiles.queries * tiles.keys > MOST_BY_PRODUCTS
+    by_products = tiles.queries * tiles.keys <= MOST_BY_PRODUCTS and not tiles.needs_mask and part.bias is None
+    is_fused = kept is None and not by_products and can_fuse(part)
     for chunk in chunks(part, tiles):
         query = tile_queries(part.query, part, tiles, chunk)
         key = tile_keys(part.key, None, part, tiles, chunk)
