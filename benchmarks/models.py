@@ -42,7 +42,7 @@ PARTS = {
     ),
     "attention": ("vicinal::attend", "_AttendBackward", "_Unpack", "_UnpackBackward"),
     "norms": ("aten::layer_norm", "NativeLayerNormBackward0"),
-    "convolutions": ("aten::conv2d", "ConvolutionBackward0", "_FewPlaces"),
+    "convolutions": ("aten::conv2d", "ConvolutionBackward0"),
     "activations": ("aten::gelu", "GeluBackward0"),
     "optimizer": ("Optimizer.step", "Optimizer.zero_grad", "torch::autograd::AccumulateGrad"),
     "shortcuts": ("aten::add", "AddBackward0"),

@@ -9,7 +9,6 @@ from torch import nn
 
 from vicinal.layers.attention import pad_grid
 from vicinal.layers.channels import channels_first, channels_last
-from vicinal.layers.few_places import convolve
 from vicinal.layers.tags import Tag, tag
 
 MakeNorm = Callable[[int], nn.Module]
@@ -60,7 +59,7 @@ class ConvPatches(nn.Module):
             inputs = self.norm_before(inputs)
         if self.use_whole_patches:
             inputs = pad_grid(inputs, [-(-length // self.stride) * self.stride for length in inputs.shape[1:-1]])
-        out = convolve(inputs, self.conv)
+        out = channels_last(self.conv(channels_first(inputs)))
         return out if self.norm_after is None else self.norm_after(out)
 
 
