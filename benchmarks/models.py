@@ -4,6 +4,7 @@
 
 Our Swin-Tiny beside timm's and transformers' (the same architecture, random weights, no drop path), and NAT-Tiny and
 DiNAT-Tiny per multiply-add beside our Swin. Everybody takes turns in one run. Writes benchmarks/results/models.json.
+How fast NAT could be with other kernels: benchmarks/model_floor.py.
 """
 
 from __future__ import annotations
@@ -48,11 +49,14 @@ PARTS = {
 }
 """Parts of a step, by layers: an operation belongs to the layer, or to the node of the backward pass, that called it.
 
-So a linear layer is its product, its bias and the sum that is the bias's gradient.
+So a linear layer is its product, its bias and the sum that is the bias's gradient. GELU is never counted as a product.
 """
 
+KERNELS = ("linear layers", "attention", "norms", "convolutions")
+"""What ought to take nearly all of a step."""
+
 COPIES = ("aten::clone", "aten::contiguous", "aten::_to_copy")
-"""What changes a layout counts by itself, whichever layer asked for it."""
+"""What changes a layout counts by itself, whichever layer asked for it; the optimizer's step counters do not."""
 
 
 class Logits(nn.Module):
@@ -82,9 +86,9 @@ def models() -> dict[str, nn.Module]:
 
 def inference(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
     """One forward pass without gradients."""
+    model.eval()
 
     def call() -> None:
-        model.eval()
         with torch.inference_mode():
             model(images)
 
@@ -95,14 +99,17 @@ def training_step(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
     """Forward, loss, backward, one step of AdamW."""
     labels = torch.arange(len(images)) % 1000
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    model.train()
 
     def call() -> None:
-        model.train()
         optimizer.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
     return call
+
+
+KINDS = {"inference": inference, "training step": training_step}
 
 
 def shares(call: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
@@ -111,17 +118,25 @@ def shares(call: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
     What passes between operations, in Python, is in the rest.
     """
     call()
-    return min((_profiled(call) for _ in range(repeats)), key=lambda found: found[0])[1]
+    parts = min((parts_ms(call) for _ in range(repeats)), key=lambda found: sum(found.values()))
+    total = sum(parts.values())
+    return {name: round(own / total, 4) for name, own in sorted(parts.items(), key=lambda item: -item[1])}
 
 
-def _profiled(call: Callable[[], Any]) -> tuple[float, dict[str, float]]:
+def in_kernels(found: dict[str, float]) -> dict[str, float]:
+    """Shares of the kernels together: of the step, and of what of it is not the optimizer."""
+    kernels = sum(found[name] for name in KERNELS)
+    return {"of_step": round(kernels, 3), "of_forward_and_backward": round(kernels / (1 - found["optimizer"]), 3)}
+
+
+def parts_ms(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of one call by part, under the profiler."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded, record_function("all of it"):
         call()
     parts = dict.fromkeys([*PARTS, "copies", "the rest"], 0.0)
     for event in recorded.events():
-        parts[_part(event)] += event.self_cpu_time_total
-    total = sum(parts.values())
-    return total, {name: round(own / total, 4) for name, own in sorted(parts.items(), key=lambda item: -item[1])}
+        parts[_part(event)] += event.self_cpu_time_total / 1e3
+    return parts
 
 
 def _part(event: Any) -> str:
@@ -131,7 +146,7 @@ def _part(event: Any) -> str:
     while parent is not None:
         callers.append(parent.name.removeprefix(NODE))
         parent = parent.cpu_parent
-    if any(caller in COPIES for caller in callers):
+    if any(caller in COPIES for caller in callers) and not any("Optimizer.step" in caller for caller in callers):
         return "copies"
     if callers[0] == "aten::add_" and len(callers) > 1 and callers[1].endswith("Backward0"):
         return "shortcuts"
@@ -159,10 +174,11 @@ def main() -> None:
         "multiply_adds": macs,
         "rows": [],
         "shares": {},
+        "in_kernels": {},
     }
     for batch in options.batches:
         images = torch.randn(batch, 3, options.size, options.size)
-        for kind, make in (("inference", inference), ("training step", training_step)):
+        for kind, make in KINDS.items():
             calls = {name: make(model, images) for name, model in built.items()}
             timings = timing.compare(calls, seconds=options.seconds, device=torch.device("cpu"))
             ours = timings["swin_tiny"]
@@ -178,11 +194,12 @@ def main() -> None:
             result["rows"].append(row)
             print(json.dumps(row))
     for name in OURS:
-        result["shares"][name] = {}
+        result["shares"][name], result["in_kernels"][name] = {}, {}
         for batch in options.batches:
             images = torch.randn(batch, 3, options.size, options.size)
             result["shares"][name][str(batch)] = found = shares(training_step(built[name], images))
-            print(name, batch, found)
+            result["in_kernels"][name][str(batch)] = in_kernels(found)
+            print(name, batch, found, in_kernels(found))
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(f"saved as {RESULTS}")
 

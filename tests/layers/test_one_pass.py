@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from vicinal.layers import one_pass
 from vicinal.layers.attention import PatternAttention
 from vicinal.layers.block import Block
 from vicinal.layers.mlp import Mlp
@@ -30,6 +31,13 @@ def by_hand(model, inputs):
     """The same block with nothing added at once."""
     out = inputs + model.mixer(model.norm1(inputs))
     return out + model.mlp.fc2(nn.functional.gelu(model.mlp.fc1(model.norm2(out))))
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch):
+    """Whatever lies between two linear layers is large, and worked on two or three tokens at a time."""
+    monkeypatch.setattr(one_pass, "LARGE", 0)
+    monkeypatch.setattr(one_pass, "PIECE", 3 * 24 * 4)
 
 
 def watched(model, inputs, names):
@@ -75,6 +83,41 @@ def test_an_activation_is_as_exact_as_after_the_product(act, dtype):
     room = 2 * (eager.double() - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
     assert found.dtype == dtype
     assert (found.double() - exact).abs().max() <= room
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_a_large_map_goes_through_in_pieces(is_strided, monkeypatch):
+    model, inputs = block(), torch.randn(2, 7, 5, 8)
+    if is_strided:
+        inputs = inputs.transpose(1, 2)
+    rows, whole = [], one_pass.linear_gelu
+    monkeypatch.setattr(one_pass, "linear_gelu", lambda part, *layers: rows.append(len(part)) or whole(part, *layers))
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), by_hand(model, inputs))
+    assert sum(rows) == 70 and max(rows) == 3
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_gradients_of_a_large_map_are_as_by_hand():
+    torch.manual_seed(0)
+    model, inputs = block().double(), torch.randn(2, 4, 5, 8, dtype=torch.float64, requires_grad=True)
+    wanted = [inputs, *model.parameters()]
+    out, weights = model(inputs), torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    expected = torch.autograd.grad(by_hand(model, inputs), wanted, weights)
+    for _ in range(2):  # nothing that a second pass needs is written over
+        for one, other in zip(torch.autograd.grad(out, wanted, weights, retain_graph=True), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_large_block_differentiates_twice_as_by_hand():
+    test_a_block_differentiates_twice_as_by_hand()
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_hooks_see_a_large_map_whole():
+    test_hooks_see_a_branch_alone(False)
 
 
 def test_a_block_differentiates_twice_as_by_hand():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from vicinal.layers.one_pass import AddsTo, add_linear, linear_gelu
+from vicinal.layers.one_pass import AddsTo, add_linear, linear_gelu, linear_gelu_linear
 
 
 class Mlp(AddsTo):
@@ -34,6 +34,8 @@ class Mlp(AddsTo):
     def forward(self, inputs: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
         """The same shape; with a shortcut, the sum of both."""
         if self.between is None:
+            if shortcut is not None:
+                return linear_gelu_linear(shortcut, inputs, self.fc1, self.act, self.fc2)
             hidden = linear_gelu(inputs, self.fc1, self.act)
         else:
             hidden = self.act(self.between(self.fc1(inputs)))
