@@ -45,7 +45,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forced]:
 
 @pytest.fixture
 def shrink() -> Iterator[Shrink]:
-    """Sets how many bytes a panel or a unit of the CPU kernels may take, 0 for as many as is best, until the test ends."""
+    """Sets how many bytes a panel or a unit of the CPU kernels may take, 0: as is best; until the test ends."""
     function = ctypes.CDLL(str(library.path())).vicinal_shrink_units
     function.argtypes, function.restype = (ctypes.c_int64,), None
     yield function
