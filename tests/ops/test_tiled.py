@@ -149,3 +149,15 @@ def test_scores_of_any_size_are_taken(size):
     for out, lse in (plain.forward(inputs), plain.forward_keeping(inputs)[:2]):
         torch.testing.assert_close(out.unflatten(2, (2, 4)).unflatten(1, (2, 4)), means.expand(1, 2, 4, 2, 4, 1, 4))
         torch.testing.assert_close(lse, 2 * query[..., 0] + math.log(16))
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_output_alone_is_the_output(is_large: bool) -> None:
+    """The second call of a kind leaves the log-sum-exp out; large scores have their largest taken off first."""
+    query, key, value = torch.randn(3, 2, 12, 15, 2, 16).unbind(0)
+    query = 1e3 * query if is_large else query
+    for pattern in (Near(5), Near(3, dilation=4), Window(3)):
+        out, _ = vicinal.attention(query, key, value, pattern, backend="tiled", return_lse=True)
+        for _ in range(2):
+            alone = vicinal.attention(query, key, value, pattern, backend="tiled")
+            torch.testing.assert_close(alone, out, rtol=0, atol=0)

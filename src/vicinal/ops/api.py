@@ -63,7 +63,8 @@ def attention(
     if known is not None:
         tables, layout, number, name = known
         vector = None if bias is None else bias.reshape(-1)  # type: ignore[union-attr]
-        results = operator.attend(query, key, value, tables, vector, None, None, None, layout, number, name)
+        arguments = (query, key, value, tables, vector, None, None, None, layout, number, name)
+        results = operator.attend(*arguments, wants_lse=return_lse)
         return results if return_lse else results[0]
     query, key, value, extra_key, extra_value, extra_query = under_autocast(
         query, key, value, extra_key, extra_value, extra_query

@@ -187,7 +187,8 @@ class Backend:
     `Capability` can. A back end that can, but does not lead (`leads`), is tried after our own kernels for the GPU, and
     one that is there `only_by_name` never. An engine (`is_engine`) hands problems to somebody else's kernels. `plan`
     looks at the bounds (None where samples differ and the padded grid takes no pattern) before a call and may leave
-    integers in its layout. With `keeping` a call that autograd watches may keep what its backward would compute again.
+    integers in its layout. With `keeping` a call that autograd watches may keep what its backward would compute again;
+    `output_alone` leaves the log-sum-exp out, for calls that want neither that nor gradients.
     """
 
     name: str
@@ -203,6 +204,7 @@ class Backend:
     is_engine: bool = False
     plan: Callable[[Problem, Any], tuple[int, ...]] | None = None
     keeping: Keeping | None = None
+    output_alone: Callable[[Inputs], torch.Tensor] | None = None
 
     def refusals(self, problem: Problem) -> list[str]:
         """All reasons why the back end cannot take the problem; none means it can."""

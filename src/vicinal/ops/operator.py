@@ -167,10 +167,10 @@ def _may_skip_dispatcher(tensors: Sequence[torch.Tensor | None]) -> bool:
     )
 
 
-def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`vicinal::attend`; where nobody watches the operations, without the dispatcher, which takes longer than we do.
 
-    The tensors are plain ones, and autocast is off.
+    The tensors are plain ones, and autocast is off. A log-sum-exp that is not wanted may be left out.
     """
     tensors = arguments[:8]
     results: tuple[torch.Tensor, torch.Tensor]
@@ -179,6 +179,10 @@ def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         results = _Attend.apply(None, *arguments)
     else:
+        alone = None if wants_lse else backend.find(arguments[-1]).output_alone
+        if alone is not None:
+            with below_autocast(), torch._C._AutoDispatchBelowAutograd():
+                return alone(_inputs(tensors, *arguments[8:10])), None
         results = _below_autograd(None, arguments)
     return results
 

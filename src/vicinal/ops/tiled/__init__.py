@@ -14,7 +14,7 @@ from vicinal.ops.backend import Backend, Capability, Keeping, Problem, register
 from vicinal.ops.packing import Layout, pack_tables
 from vicinal.ops.tiled.backward import backward as run_backward
 from vicinal.ops.tiled.forward import differentiable
-from vicinal.ops.tiled.plain import backward_from_kept, forward_keeping
+from vicinal.ops.tiled.plain import backward_from_kept, forward_keeping, output_alone
 from vicinal.ops.tiled.plain import forward as run_forward
 from vicinal.ops.tiled.plan import plan_row
 from vicinal.ops.tiled.tiles import TileSet
@@ -52,6 +52,7 @@ register(
         backward=run_backward,
         differentiable=differentiable,
         describe=_describe,
+        output_alone=output_alone,
         keeping=Keeping(forward_keeping, backward_from_kept),
     )
 )

@@ -63,9 +63,15 @@ def may_be_blind(part: Part, tiles: TileSet) -> bool:
 
 
 def tile_weights(
-    part: Part, query: torch.Tensor, key: torch.Tensor, added: torch.Tensor | None, *, may_be_blind: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights of each tile, its rows summing to one, and the log-sum-exp of its scores, in few passes.
+    part: Part,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    added: torch.Tensor | None,
+    *,
+    may_be_blind: bool,
+    wants_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of each tile, its rows summing to one, and the log-sum-exp of its scores if wanted, in few passes.
 
     On a CPU finding every row's largest score and taking it off takes a third of the time, and ordinary scores need
     neither: whether the sums came out in range tells.
@@ -75,7 +81,7 @@ def tile_weights(
         total = weights.sum(-1, keepdim=True)
         low, high = total.aminmax()
         if float(low) > LEAST_TOTAL and float(high) < 1 / LEAST_TOTAL:
-            return weights.mul_(total.reciprocal()), total.log_()
+            return weights.mul_(total.reciprocal()), total.log_() if wants_lse else None
     scores = _tile_scores(part, query, key, added)
     top = scores.amax(-1, keepdim=True)
     if may_be_blind:
@@ -124,7 +130,9 @@ def _by_chunks(part: Part, plan: MemberPlan, out: RowSums, lse: RowSums) -> None
             tile_out, tile_lse = fused_tiles(part, *inputs, added, may_be_blind=blind)
         else:
             query, key, value = inputs if is_exact else (tensor.to(part.compute_dtype) for tensor in inputs)
-            weights, tile_lse = tile_weights(part, query, key, added, may_be_blind=blind)
+            weights, found_lse = tile_weights(part, query, key, added, may_be_blind=blind)
+            assert found_lse is not None
+            tile_lse = found_lse
             tile_out = torch.bmm(weights, value)
         out.add(chunk.query, tile_out.reshape(-1, part.value_dim))
         lse.add(chunk.query, tile_lse.reshape(-1))

@@ -100,13 +100,16 @@ def _part(inputs: Inputs, plain: Plain) -> Part:
     return Part(*rows, plain.samples, plain.heads, bias, None, None, inputs.scale)
 
 
-def _attend(inputs: Inputs, plain: Plain, kept: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; what the backward wants is put in `kept`, where there is such a list."""
+def _attend(
+    inputs: Inputs, plain: Plain, kept: list[torch.Tensor] | None = None, *, wants_lse: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp (anything if not wanted); what the backward wants is put in `kept`, if that is a list."""
     part, tiles = _part(inputs, plain), plain.tiles
     out = RowSums(part.query, (len(part.query), part.value_dim), part.compute_dtype, come_once=True)
     lse = RowSums(part.query, (len(part.query),), part.compute_dtype, come_once=True)
     by_products = tiles.queries * tiles.keys <= MOST_BY_PRODUCTS and not tiles.needs_mask and part.bias is None
     is_fused = kept is None and not by_products and can_fuse(part)
+    tile_lse: torch.Tensor | None
     for chunk in chunks(part, tiles):
         query = tile_queries(part.query, part, tiles, chunk)
         key = tile_keys(part.key, None, part, tiles, chunk)
@@ -115,13 +118,15 @@ def _attend(inputs: Inputs, plain: Plain, kept: list[torch.Tensor] | None = None
             value = tile_keys(part.value, None, part, tiles, chunk)
             tile_out, tile_lse = fused_tiles(part, query, key, value, added, may_be_blind=may_be_blind(part, tiles))
         else:
-            weights, tile_lse = tile_weights(part, query, key, added, may_be_blind=may_be_blind(part, tiles))
+            is_blind = may_be_blind(part, tiles)
+            weights, tile_lse = tile_weights(part, query, key, added, may_be_blind=is_blind, wants_lse=wants_lse)
             value = tile_keys(part.value, None, part, tiles, chunk)  # only now: it is still in cache when it is read
             tile_out = torch.bmm(weights, value)
             if kept is not None:
                 kept += (weights, query, key, value)[: plain.keeps]
         out.add(chunk.query, tile_out.reshape(-1, part.value_dim))
-        lse.add(chunk.query, tile_lse.reshape(-1))
+        if wants_lse and tile_lse is not None:
+            lse.add(chunk.query, tile_lse.reshape(-1))
     shape = inputs.query.shape[:-1]
     return out.finished().view(*shape, part.value_dim), lse.finished().view(shape)
 
@@ -130,6 +135,12 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of any call, the quick way where it is plain."""
     plain = find(inputs, bounded=False)
     return general_forward(inputs) if plain is None else _attend(inputs, plain)
+
+
+def output_alone(inputs: Inputs) -> torch.Tensor:
+    """The output of any call; without the log-sum-exp where the call is plain."""
+    plain = find(inputs, bounded=False)
+    return (general_forward(inputs) if plain is None else _attend(inputs, plain, wants_lse=False))[0]
 
 
 def forward_keeping(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
