@@ -133,7 +133,8 @@ VICINAL_INLINE void add_row(const float* row, const float* weight, typename S::F
 }
 
 // sums[t] = factor[t] * sums[t] + weights of a pass times rows of the panel, D vectors of channels at a time;
-// factor null means that sums start at 0. Weights and rows are in units, of neighboring sources.
+// factor null means that sums start at 0. Weights and rows are in units, of neighboring sources. A pass is summed up by
+// itself first: one sum over thousands of sources would lose digits.
 template <class S, int T, int D>
 VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const float* rows, int64_t width,
                                  int64_t padded, const float* factor, float* const* sums, int64_t channel) {
@@ -148,7 +149,7 @@ VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const f
     for (int t = 0; t < T; ++t) {
         VICINAL_UNROLL
         for (int d = 0; d < D; ++d) {
-            sum[t][d] = factor ? S::mul(S::all(factor[t]), S::load(sums[t] + channel + d * W)) : S::zero();
+            sum[t][d] = S::zero();
             other[t][d] = S::zero();
         }
     }
@@ -185,8 +186,11 @@ VICINAL_INLINE void mix_channels(const Pass& pass, const float* weights, const f
     VICINAL_UNROLL
     for (int t = 0; t < T; ++t) {
         VICINAL_UNROLL
-        for (int d = 0; d < D; ++d)
-            S::store(sums[t] + channel + d * W, IS_FEW ? S::add(sum[t][d], other[t][d]) : sum[t][d]);
+        for (int d = 0; d < D; ++d) {
+            float* to = sums[t] + channel + d * W;
+            const F found = IS_FEW ? S::add(sum[t][d], other[t][d]) : sum[t][d];
+            S::store(to, factor ? S::fma(S::all(factor[t]), S::load(to), found) : found);
+        }
     }
 }
 
