@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import vicinal
@@ -310,3 +311,33 @@ def test_lazy_negatives_are_negated() -> None:
     plain = -complex_part.imag
     for _ in range(2):  # the second call skips the checks
         torch.testing.assert_close(vicinal.na2d(query, query, query, 3), vicinal.na2d(plain, plain, plain, 3))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tiled", "reference"])
+def test_gradients_that_are_lazily_negated_are_negated(backend: str) -> None:
+    query = torch.randn(1, 6, 6, 1, 8, requires_grad=True)
+    other = torch.randn(1, 6, 6, 1, 8, dtype=torch.complex64)
+    out = vicinal.na2d(query, query, query, 3, backend=backend)
+    lazy = other.conj().imag
+    assert lazy.is_neg()
+    (found,) = torch.autograd.grad(out, query, lazy, retain_graph=True)
+    (wanted,) = torch.autograd.grad(out, query, -other.imag)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_inference_mode_records_nothing_even_with_gradients_enabled() -> None:
+    query = torch.randn(1, 6, 6, 1, 8, requires_grad=True)
+    for _ in range(2):
+        with torch.inference_mode(), torch.enable_grad():
+            assert not vicinal.na2d(query, query, query, 3).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of torch's own, on first use
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_forward_mode_is_refused(needs_grad: bool) -> None:
+    query = torch.randn(1, 6, 6, 1, 8)
+    for _ in range(2):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(query.clone().requires_grad_(needs_grad), torch.ones_like(query))
+            with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+                vicinal.na2d(dual, query, query, 3)

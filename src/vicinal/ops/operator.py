@@ -143,7 +143,15 @@ def _below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> Any:
         return attend.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
+def _has_tangent(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _attend_autograd(keyset: Any, *arguments: Any) -> Any:
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments[:8])):
+        raise NotImplementedError(
+            "vicinal.attention has no forward-mode derivatives; use backward() or torch.autograd.grad"
+        )
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return _Attend.apply(keyset, *arguments)
     return _below_autograd(keyset, arguments)
@@ -167,6 +175,12 @@ def _may_skip_dispatcher(tensors: Sequence[torch.Tensor | None]) -> bool:
     )
 
 
+def _is_recording() -> bool:
+    """Whether autograd looks on: gradients are enabled, and neither inference mode nor a guard shuts it off."""
+    shut_off = torch._C._dispatch_tls_local_exclude_set()
+    return torch.is_grad_enabled() and not shut_off.has(torch._C.DispatchKey.AutogradOther)
+
+
 def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`vicinal::attend`; where nobody watches the operations, without the dispatcher, which takes longer than we do.
 
@@ -176,7 +190,7 @@ def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor
     results: tuple[torch.Tensor, torch.Tensor]
     if not _may_skip_dispatcher(tensors):
         results = torch.ops.vicinal.attend.default(*arguments)
-    elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    elif _is_recording() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         results = _Attend.apply(None, *arguments)
     else:
         alone = None if wants_lse else backend.find(arguments[-1]).output_alone
@@ -188,8 +202,11 @@ def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _is_here(tensor: torch.Tensor) -> bool:
-    """Whether the kernels for the CPU may be called on a tensor without a detour: it is plain and holds numbers."""
-    return tensor.device.type == "cpu" and is_plain(tensor)
+    """Whether the kernels for the CPU may be called on a tensor without a detour: it is plain and holds its numbers.
+
+    A lazily negated tensor does not, nor does a sparse one.
+    """
+    return tensor.device.type == "cpu" and is_plain(tensor) and _is_plain(torch._C._dispatch_keys(tensor))
 
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Gradients:

@@ -25,8 +25,21 @@ MOST_TRIED = 16
 """So many storages of a size are looked at for one that is free."""
 
 _users = getattr(torch._C, "_storage_Use_Count", None)
-_OURS, _OURS_IN_PYTHON = 1, 3
-"""References to a storage that nobody else uses: torch's, and those to the object (a list, a variable, an argument)."""
+
+
+def _references(rooms: list[torch.UntypedStorage], place: int) -> tuple[int, int]:
+    """How many refer to a storage in a list: torch's tensors, and Python's names (its versions count differently)."""
+    room = rooms[place]
+    return (0 if _users is None else _users(room._cdata)), sys.getrefcount(room)
+
+
+_OURS = _references([torch.empty(1).untyped_storage()], 0)
+"""The same where nobody else does."""
+
+
+def _is_as_new(room: torch.UntypedStorage, size: int) -> bool:
+    """Whether nobody has left a trace: by sharing it with another process, resizing, lending it to numpy, or a note."""
+    return not room.is_shared() and room.nbytes() == size and room.resizable() and not getattr(room, "__dict__", None)
 
 
 @functools.cache
@@ -52,24 +65,28 @@ class _Kept:
 
     def take(self, size: int) -> torch.UntypedStorage | None:
         """A storage of that size that nobody uses; it must be given back by `keep` once somebody does."""
-        with self.lock:
-            rooms = self.rooms.get(size)
-            if not rooms:
-                return None
+        if not self.lock.acquire(blocking=False):  # another thread's, or this one's before a signal's handler came
+            return None
+        try:
+            rooms = self.rooms.get(size, [])
             for place in range(len(rooms) - 1, max(len(rooms) - 1 - MOST_TRIED, -1), -1):
-                room = rooms[place]
-                if _users(room._cdata) == _OURS and sys.getrefcount(room) == _OURS_IN_PYTHON:  # type: ignore[misc]
-                    del rooms[place]
+                if _references(rooms, place) == _OURS:
+                    room = rooms.pop(place)
                     self.bytes -= size
-                    # another process may read what was shared, and whoever resized it has another block
-                    return room if not room.is_shared() and room.nbytes() == size else None
+                    if not rooms:
+                        del self.rooms[size]
+                    return room if _is_as_new(room, size) else None
+        finally:
+            self.lock.release()
         return None
 
     def keep(self, size: int, room: torch.UntypedStorage) -> None:
         """Remember a storage; others are forgotten where it gets too much."""
-        if size > most_kept():
+        if size > most_kept() or not self.lock.acquire(blocking=False):
             return
-        with self.lock:
+        try:
+            if size not in self.rooms:
+                self._forget_shared()
             self.rooms[size] = [*self.rooms.pop(size, ()), room]
             self.bytes += size
             while self.bytes > most_kept():
@@ -78,6 +95,17 @@ class _Kept:
                 self.bytes -= oldest
                 if not self.rooms[oldest]:
                     del self.rooms[oldest]
+        finally:
+            self.lock.release()
+
+    def _forget_shared(self) -> None:
+        """Let go of what was shared since: it holds a file and a part of the memory for sharing, and is of no use."""
+        for size, rooms in list(self.rooms.items()):
+            left = [room for room in rooms if not room.is_shared()]
+            self.bytes -= size * (len(rooms) - len(left))
+            self.rooms[size] = left
+            if not left:
+                del self.rooms[size]
 
 
 _kept = _Kept()
