@@ -23,13 +23,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import KINDS, PARTS, parts_ms
+from models import PARTS, parts_ms, timed
 from torch import nn
 
 import vicinal
 from vicinal.layers.attention import PatternAttention
 from vicinal.layers.cost import cost
-from vicinal.measure import machine, timing
+from vicinal.measure import machine, report
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "model_floor.json"
 FREE = "nat_tiny without attention"
@@ -117,23 +117,19 @@ def main() -> None:
         "multiply_adds": macs,
         "rows": [],
     }
-    for batch in options.batches:
-        images = torch.randn(batch, 3, options.size, options.size)
-        for kind, make in KINDS.items():
-            calls = {name: make(model, images) for name, model in built.items()}
-            times = timing.compare(calls, seconds=options.seconds, device=torch.device("cpu"))
-            least = {name: round(found.best_ms, 2) for name, found in times.items()}
-            parts = {name: least_parts(call, options.repeats) for name, call in calls.items()}
-            row = {
-                "kind": kind,
-                "batch": batch,
-                "least_ms": least,
-                "parts_ms": parts,
-                "per_multiply_add_vs_our_swin": bounds(least, parts, macs),
-            }
-            result["rows"].append(row)
-            print(json.dumps(row))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    for kind, batch, calls, times in timed(built, options):
+        least = {name: round(found.best_ms, 2) for name, found in times.items()}
+        parts = {name: least_parts(call, options.repeats) for name, call in calls.items()}
+        row = {
+            "kind": kind,
+            "batch": batch,
+            "least_ms": least,
+            "parts_ms": parts,
+            "per_multiply_add_vs_our_swin": bounds(least, parts, macs),
+        }
+        result["rows"].append(row)
+        print(json.dumps(row))
+    report.write(result, RESULTS)
     print(f"saved as {RESULTS}")
 
 

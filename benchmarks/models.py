@@ -14,7 +14,7 @@ import datetime
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import vicinal
 from vicinal.layers.cost import cost
-from vicinal.measure import machine, timing
+from vicinal.measure import machine, report, timing
 from vicinal.measure.peers.installed import mend_torchvision
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "models.json"
@@ -110,6 +110,18 @@ def training_step(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
 
 
 KINDS = {"inference": inference, "training step": training_step}
+Calls = dict[str, Callable[[], Any]]
+
+
+def timed(
+    built: dict[str, nn.Module], options: argparse.Namespace
+) -> Iterator[tuple[str, int, Calls, dict[str, timing.Timing]]]:
+    """Row by row: the kind, the batch, the models' calls, and their times in turns."""
+    for batch in options.batches:
+        images = torch.randn(batch, 3, options.size, options.size)
+        for kind, make in KINDS.items():
+            calls = {name: make(model, images) for name, model in built.items()}
+            yield kind, batch, calls, timing.compare(calls, seconds=options.seconds, device=torch.device("cpu"))
 
 
 def shares(call: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
@@ -176,23 +188,18 @@ def main() -> None:
         "shares": {},
         "in_kernels": {},
     }
-    for batch in options.batches:
-        images = torch.randn(batch, 3, options.size, options.size)
-        for kind, make in KINDS.items():
-            calls = {name: make(model, images) for name, model in built.items()}
-            timings = timing.compare(calls, seconds=options.seconds, device=torch.device("cpu"))
-            ours = timings["swin_tiny"]
-            row: dict[str, Any] = {"kind": kind, "batch": batch}
-            row["median_ms"] = {name: round(found.median_ms, 2) for name, found in timings.items()}
-            row["swin_tiny_faster_than"] = {
-                name: round(ours.speedup_over(found), 3) for name, found in timings.items() if name not in OURS
-            }
-            row["per_multiply_add_vs_our_swin"] = {
-                name: round(ours.speedup_over(timings[name]) ** -1 * macs[name] / macs["swin_tiny"], 3)
-                for name in OURS[1:]
-            }
-            result["rows"].append(row)
-            print(json.dumps(row))
+    for kind, batch, _, timings in timed(built, options):
+        ours = timings["swin_tiny"]
+        row: dict[str, Any] = {"kind": kind, "batch": batch}
+        row["median_ms"] = {name: round(found.median_ms, 2) for name, found in timings.items()}
+        row["swin_tiny_faster_than"] = {
+            name: round(ours.speedup_over(found), 3) for name, found in timings.items() if name not in OURS
+        }
+        row["per_multiply_add_vs_our_swin"] = {
+            name: round(ours.speedup_over(timings[name]) ** -1 * macs[name] / macs["swin_tiny"], 3) for name in OURS[1:]
+        }
+        result["rows"].append(row)
+        print(json.dumps(row))
     for name in OURS:
         result["shares"][name], result["in_kernels"][name] = {}, {}
         for batch in options.batches:
@@ -200,7 +207,7 @@ def main() -> None:
             result["shares"][name][str(batch)] = found = shares(training_step(built[name], images))
             result["in_kernels"][name][str(batch)] = in_kernels(found)
             print(name, batch, found, in_kernels(found))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    report.write(result, RESULTS)
     print(f"saved as {RESULTS}")
 
 
