@@ -193,8 +193,11 @@ def test_attention_runs_without_gradients_and_under_checkpointing(backend: str) 
     out = vicinal.attention(*tensors, Near(3), backend=backend)
     with torch.no_grad():
         assert not vicinal.attention(*tensors, Near(3), backend=backend).requires_grad
-    with torch.inference_mode():  # the portable back end goes another way where nothing has to be kept for a backward
-        torch.testing.assert_close(vicinal.attention(*tensors, Near(3), backend=backend), out, rtol=1e-6, atol=1e-6)
+    # only the portable back end goes another way where nothing has to be kept for a backward
+    rounding = 1e-6 if backend == "tiled" else 0.0
+    with torch.inference_mode():
+        again = vicinal.attention(*tensors, Near(3), backend=backend)
+    torch.testing.assert_close(again, out, rtol=rounding, atol=rounding)
     again = checkpoint(
         lambda *inputs: vicinal.attention(*inputs, Near(3), backend=backend), *tensors, use_reentrant=False
     )
