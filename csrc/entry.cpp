@@ -48,10 +48,26 @@ Problem settled(const vicinal_call* call, Purpose purpose) {
         throw BadArgument(std::string("isa must not be ") + ISA_NAMES[problem.call.isa] +
                           ": this machine and this build of the library have " + ISA_NAMES[best]);
     if (problem.call.strategy == VICINAL_AUTO)
-        problem.call.strategy = problem.is_double ? VICINAL_SIMPLE : choose_strategy(problem);
+        problem.call.strategy = choose_strategy(problem, purpose == Purpose::BACKWARD);
     if (problem.call.strategy == VICINAL_TILES && problem.is_double)
         throw BadArgument("strategy must not be tiles where dtype is float64");
+    if (problem.call.strategy == VICINAL_DENSE && !dense_takes(problem, purpose == Purpose::BACKWARD))
+        throw BadArgument("strategy must not be dense where queries are not in closed groups of few keys");
     return problem;
+}
+
+struct Strategy {
+    void (*forward)(const Problem& problem);
+    void (*backward)(const Problem& problem);
+    void (*describe)(const Problem& problem, vicinal_description* groups);
+};
+
+Strategy strategy_of(const Problem& problem) {
+    switch (problem.call.strategy) {
+        case VICINAL_TILES: return {tiles_forward, tiles_backward, tiles_describe};
+        case VICINAL_DENSE: return {dense_forward, dense_backward, dense_describe};
+        default: return {simple_forward, simple_backward, simple_describe};
+    }
 }
 
 }  // namespace
@@ -72,14 +88,14 @@ void vicinal_shrink_units(int64_t bytes) { vicinal::tiles_shrink_units(bytes); }
 int64_t vicinal_attend(const vicinal_call* call, char* message, int64_t message_bytes) {
     return vicinal::guarded(message, message_bytes, [&] {
         const vicinal::Problem problem = vicinal::settled(call, vicinal::Purpose::FORWARD);
-        problem.call.strategy == VICINAL_TILES ? vicinal::tiles_forward(problem) : vicinal::simple_forward(problem);
+        vicinal::strategy_of(problem).forward(problem);
     });
 }
 
 int64_t vicinal_attend_backward(const vicinal_call* call, char* message, int64_t message_bytes) {
     return vicinal::guarded(message, message_bytes, [&] {
         const vicinal::Problem problem = vicinal::settled(call, vicinal::Purpose::BACKWARD);
-        problem.call.strategy == VICINAL_TILES ? vicinal::tiles_backward(problem) : vicinal::simple_backward(problem);
+        vicinal::strategy_of(problem).backward(problem);
     });
 }
 
@@ -91,8 +107,7 @@ int64_t vicinal_describe(const vicinal_call* call, vicinal_description* groups, 
             throw vicinal::BadArgument("groups must have room for one description per head group");
         if (problem.members.empty()) throw vicinal::BadArgument("table_rows must be 1 or more to describe a problem");
         std::memset(groups, 0, sizeof(vicinal_description) * size_t(num_groups));
-        problem.call.strategy == VICINAL_TILES ? vicinal::tiles_describe(problem, groups)
-                                               : vicinal::simple_describe(problem, groups);
+        vicinal::strategy_of(problem).describe(problem, groups);
     });
 }
 

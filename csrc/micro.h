@@ -8,10 +8,6 @@
 namespace vicinal {
 namespace {
 
-constexpr float FAR_BELOW = -1e30f;  // the maximum before there is any score: exp2(score - FAR_BELOW) is never met
-constexpr float LOG2_E = 1.44269504088896341f;
-constexpr float LN_2 = 0.693147180559945309f;
-
 // Up to MOST_VECTORS vectors of sources that a tile looks at together. Scores are kept as [vector][target][lane].
 struct Pass {
     int count;

@@ -21,6 +21,33 @@ VICINAL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 VICINAL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 VICINAL_INLINE int64_t round_up(int64_t a, int64_t multiple) { return (a + multiple - 1) / multiple * multiple; }
 
+constexpr float FAR_BELOW = -1e30f;  // the maximum before there is any score: exp2(score - FAR_BELOW) is never met
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float LN_2 = 0.693147180559945309f;
+
+// Memory that a unit takes from the thread's workspace, in one piece.
+struct Arena {
+    char* next;
+    template <class Item>
+    VICINAL_INLINE Item* take(int64_t count) {
+        Item* taken = reinterpret_cast<Item*>(next);
+        next += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
+        return taken;
+    }
+};
+
+// Natural logarithm of positive numbers, to about one unit in the last place.
+VICINAL_INLINE float log_of(float value) {
+    const uint32_t bits = bits_of_float(value), root = 0x3f3504f3u;  // of one half
+    const int32_t exponent = static_cast<int32_t>(bits - root) >> 23;
+    const float part = float_of_bits(bits - (static_cast<uint32_t>(exponent) << 23));
+    const float s = (part - 1.0f) / (part + 1.0f), square = s * s;
+    float series = square * (1.0f / 9.0f) + 1.0f / 7.0f;
+    series = series * square + 1.0f / 5.0f;
+    series = series * square + 1.0f / 3.0f;
+    return exponent * LN_2 + 2.0f * (s + s * square * series);
+}
+
 // The sources of a block, in steps: planes, rows (from an anchor that vectors are aligned to) and columns.
 struct Frame {
     int64_t plane_begin, plane_end;

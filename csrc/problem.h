@@ -92,8 +92,16 @@ void tiles_backward(const Problem& problem);
 void tiles_describe(const Problem& problem, vicinal_description* groups);
 void tiles_shrink_units(int64_t bytes);
 
+// The dense strategy: products of whole groups, for patterns that fall into closed groups (dense.h). It must only be
+// asked for what it takes; it suits what it is quicker at than tiles.
+bool dense_takes(const Problem& problem, bool is_backward);
+bool dense_suits(const Problem& problem, bool is_backward);
+void dense_forward(const Problem& problem);
+void dense_backward(const Problem& problem);
+void dense_describe(const Problem& problem, vicinal_description* groups);
+
 // The strategy for a problem where the caller leaves it open.
-vicinal_strategy choose_strategy(const Problem& problem);
+vicinal_strategy choose_strategy(const Problem& problem, bool is_backward);
 
 }  // namespace vicinal
 

@@ -24,15 +24,18 @@
 #include <immintrin.h>
 #endif
 
-// Asks for a cache line that will be read, or written; any address will do.
+// Asks for a cache line that will be read, read later (from the second-level cache), or written; any address will do.
 #if defined(__GNUC__)
 #define VICINAL_PREFETCH(address) __builtin_prefetch(address)
+#define VICINAL_PREFETCH_FOR_LATER(address) __builtin_prefetch(address, 0, 2)
 #define VICINAL_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
 #elif defined(__AVX2__)
 #define VICINAL_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
+#define VICINAL_PREFETCH_FOR_LATER(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
 #define VICINAL_PREFETCH_TO_WRITE(address) VICINAL_PREFETCH(address)
 #else
 #define VICINAL_PREFETCH(address) (void)(address)
+#define VICINAL_PREFETCH_FOR_LATER(address) (void)(address)
 #define VICINAL_PREFETCH_TO_WRITE(address) (void)(address)
 #endif
 

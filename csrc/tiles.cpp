@@ -524,9 +524,10 @@ void tiles_backward(const Problem& problem) {
 
 // Tiles take everything but float64. Where groups share a key head, its gradient is added up in the tensor, which costs
 // the short types too much precision.
-vicinal_strategy choose_strategy(const Problem& problem) {
+vicinal_strategy choose_strategy(const Problem& problem, bool is_backward) {
     const bool writes_keys = problem.grad_key || problem.grad_value;
     if (problem.is_double) return VICINAL_SIMPLE;
+    if (dense_suits(problem, is_backward)) return VICINAL_DENSE;
     return writes_keys && problem.call.dtype != VICINAL_FLOAT32 && splits_key_heads(problem) ? VICINAL_SIMPLE : VICINAL_TILES;
 }
 

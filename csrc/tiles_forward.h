@@ -15,17 +15,6 @@ struct TileRoom {
     Pass pass;
 };
 
-// Memory that a unit takes from the thread's workspace, in one piece.
-struct Arena {
-    char* next;
-    template <class Item>
-    VICINAL_INLINE Item* take(int64_t count) {
-        Item* taken = reinterpret_cast<Item*>(next);
-        next += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-        return taken;
-    }
-};
-
 VICINAL_INLINE int64_t targets_floats(int64_t dim) { return round_up(dim, DIM_BLOCK) * MOST_TARGETS; }
 
 struct RememberedBias {
@@ -298,18 +287,6 @@ VICINAL_APART void forward_pass(const Job& job, const Panel& panel, const float*
         case 7: call(7); break;                                                                                    \
         default: call(8); break;                                                                                   \
     }
-
-// Natural logarithm of positive numbers, to about one unit in the last place.
-VICINAL_INLINE float log_of(float value) {
-    const uint32_t bits = bits_of_float(value), root = 0x3f3504f3u;  // of one half
-    const int32_t exponent = static_cast<int32_t>(bits - root) >> 23;
-    const float part = float_of_bits(bits - (static_cast<uint32_t>(exponent) << 23));
-    const float s = (part - 1.0f) / (part + 1.0f), square = s * s;
-    float series = square * (1.0f / 9.0f) + 1.0f / 7.0f;
-    series = series * square + 1.0f / 5.0f;
-    series = series * square + 1.0f / 3.0f;
-    return exponent * LN_2 + 2.0f * (s + s * square * series);
-}
 
 // Writes the log-sum-exp of a block's targets from their maxima and totals; these are overwritten.
 VICINAL_APART void finish_lse(const Block& block, int64_t lse_base, const float* top, float* total) {

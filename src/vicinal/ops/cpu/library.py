@@ -1,6 +1,6 @@
 """Finding and loading the shared library of CPU kernels, and the variables that steer it.
 
-`VICINAL_CPU_STRATEGY` (`auto`, `simple`, `tiles`) and `VICINAL_CPU_ISA` (`best`, `base`, `avx2`, `avx512`,
+`VICINAL_CPU_STRATEGY` (`auto`, `simple`, `tiles`, `dense`) and `VICINAL_CPU_ISA` (`best`, `base`, `avx2`, `avx512`,
 `avx512_bf16`) are for tests and measurements: they force what is chosen by itself otherwise. `VICINAL_CPU_LIBRARY` is
 the path of another build of the library, such as one with sanitizers. They are read when the library is loaded.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 ABI = 1
-STRATEGIES = ("auto", "simple", "tiles")
+STRATEGIES = ("auto", "simple", "tiles", "dense")
 ISAS = ("best", "base", "avx2", "avx512", "avx512_bf16")
 _NAME = {"win32": "_cpu.dll", "darwin": "_cpu.dylib"}.get(sys.platform, "_cpu.so")
 _PATH = Path(__file__).parents[2] / _NAME

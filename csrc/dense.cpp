@@ -1,0 +1,256 @@
+// The dense strategy from outside: which problems fall into closed groups, and pieces of work on all threads.
+
+#include "dense.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "problem.h"
+#include "threads.h"
+
+namespace vicinal {
+namespace {
+
+const DenseKernels* kernels_for(const Problem& problem) {
+    switch (problem.call.isa) {
+        case VICINAL_AVX512_BF16:
+        case VICINAL_AVX512: return dense_avx512_kernels();
+        case VICINAL_AVX2: return dense_avx2_kernels();
+        default: return dense_base_kernels();
+    }
+}
+
+// The runs of one axis: maximal runs of neighbors of one residue class that see the same keys.
+struct Runs {
+    std::vector<DenseRun> runs;
+    std::vector<int32_t> bias;  // of all runs
+    std::vector<int64_t> bias_begin;
+    bool is_closed;  // every key is seen from one run
+    int64_t most_queries = 0, most_keys = 0;
+};
+
+bool has_shape_of(const Runs& all, size_t i, size_t j) {
+    const DenseRun &a = all.runs[i], &b = all.runs[j];
+    if (a.queries != b.queries || a.keys != b.keys || a.step != b.step) return false;
+    if (all.bias.empty()) return true;
+    const int32_t* from = all.bias.data();
+    return std::equal(from + all.bias_begin[i], from + all.bias_begin[i] + a.queries, from + all.bias_begin[j]);
+}
+
+// False where the axis has queries that see nothing, or wraps.
+bool find_runs(const AxisTable& table, int64_t bias_length, bool takes_bias, Runs& to) {
+    if (table.wraps) return false;
+    const int64_t step = table.step;
+    std::vector<bool> is_seen(table.length, false);
+    to.is_closed = true;
+    for (int64_t residue = 0; residue < std::min(step, table.queries); ++residue)
+        for (int64_t query = residue; query < table.queries;) {
+            const int32_t start = table.start[query], count = table.count[query];
+            if (!count) return false;
+            DenseRun run{static_cast<int32_t>(query), 0, start, count, static_cast<int32_t>(step), 0, nullptr};
+            to.bias_begin.push_back(static_cast<int64_t>(to.bias.size()));
+            for (; query < table.queries && table.start[query] == start && table.count[query] == count; query += step) {
+                ++run.queries;
+                if (takes_bias)
+                    to.bias.push_back(static_cast<int32_t>((start - table.center[query]) / step + bias_length / 2));
+            }
+            for (int64_t key = 0; key < count; ++key) {
+                to.is_closed = to.is_closed && !is_seen[start + step * key];
+                is_seen[start + step * key] = true;
+            }
+            to.most_queries = std::max<int64_t>(to.most_queries, run.queries);
+            to.most_keys = std::max<int64_t>(to.most_keys, run.keys);
+            to.runs.push_back(run);
+        }
+    to.is_closed = to.is_closed && std::find(is_seen.begin(), is_seen.end(), false) == is_seen.end();
+    for (size_t i = 0; i < to.runs.size(); ++i) {
+        size_t first = 0;
+        while (!has_shape_of(to, first, i)) ++first;
+        to.runs[i].shape = static_cast<int32_t>(first);
+    }
+    if (takes_bias)  // pieces of one shape follow each other, so that its bias is written out once
+        std::stable_sort(to.runs.begin(), to.runs.end(), [](const DenseRun& a, const DenseRun& b) { return a.shape < b.shape; });
+    return true;
+}
+
+// A head group: its job, and what that points to.
+struct Work {
+    Runs runs[AXES];
+    DenseJob job = {};
+    int64_t pieces() const { return job.groups * job.samples * job.heads; }
+};
+
+// Pairs that the kernels compute for all groups of one head.
+int64_t computed_pairs(const Work& work, int64_t lanes) {
+    int64_t computed = 0;
+    for (const DenseRun& a : work.runs[0].runs)
+        for (const DenseRun& b : work.runs[1].runs)
+            for (const DenseRun& c : work.runs[2].runs) {
+                const int64_t keys = int64_t(a.keys) * b.keys * c.keys;
+                computed += int64_t(a.queries) * b.queries * c.queries * ((keys + lanes - 1) / lanes * lanes);
+            }
+    return computed;
+}
+
+Operand operand_of(const View& view, int64_t dim) {
+    Operand operand{view.data, view.batch, view.head, {}, view.channel, static_cast<int32_t>(dim)};
+    std::copy(view.axis, view.axis + AXES, operand.axis);
+    return operand;
+}
+
+// Finds the groups of a head group; false where there are none, or too large ones.
+bool find_groups(const Problem& problem, size_t number, bool is_backward, Work& work) {
+    const Group& group = problem.groups[number];
+    const std::vector<Member>& members = problem.members[0][number];
+    if (members.size() != 1) return false;
+    const bool takes_bias = problem.bias && group.takes_bias;
+    DenseJob& job = work.job;
+    job.groups = job.most_queries = job.most_keys = 1;
+    for (int a = 0; a < AXES; ++a) {
+        const AxisTable& table = members[0].axis[a];
+        if (table.queries != problem.grid[a] || table.length != problem.key_grid[a]) return false;
+        Runs& runs = work.runs[a];
+        if (!find_runs(table, group.bias_length[a], takes_bias, runs) || (is_backward && !runs.is_closed)) return false;
+        job.groups *= static_cast<int64_t>(runs.runs.size());
+        job.most_queries *= runs.most_queries;
+        job.most_keys *= runs.most_keys;
+        if (job.most_queries > DENSE_MOST_TOKENS || job.most_keys > DENSE_MOST_TOKENS) return false;
+    }
+    return true;
+}
+
+void fill_job(const Problem& problem, const Group& group, bool is_backward, Work& work) {
+    const vicinal_call& call = problem.call;
+    DenseJob& job = work.job;
+    for (int a = 0; a < AXES; ++a) {
+        Runs& runs = work.runs[a];
+        if (!runs.bias.empty()) {
+            // runs were sorted by shape: each takes the places of the first of its shape
+            for (DenseRun& run : runs.runs) run.bias = runs.bias.data() + runs.bias_begin[run.shape];
+            job.heads_first = true;
+        }
+        job.runs[a] = runs.runs.data();
+        job.num_runs[a] = static_cast<int32_t>(runs.runs.size());
+        job.bias_length[a] = static_cast<int32_t>(group.bias_length[a]);
+    }
+    job.dtype = call.dtype;
+    job.samples = call.batch;
+    job.shared = call.heads / call.kv_heads;
+    job.heads = is_backward ? group.heads / job.shared : group.heads;
+    job.first_head = is_backward ? group.first_head / job.shared : group.first_head;
+    job.scale = static_cast<float>(call.scale);
+    if (problem.bias && group.takes_bias) job.bias = static_cast<const float*>(problem.bias) + group.bias_begin;
+    job.query = operand_of(problem.query, call.head_dim);
+    job.key = operand_of(problem.key, call.head_dim);
+    job.value = operand_of(problem.value, call.value_dim);
+    job.out = operand_of(problem.out, call.value_dim);
+    job.lse = operand_of(problem.lse, 1);
+    job.grad_out = operand_of(problem.grad_out, call.value_dim);
+    job.grad_lse = operand_of(problem.grad_lse, 1);
+    job.grad_query = operand_of(problem.grad_query, call.head_dim);
+    job.grad_key = operand_of(problem.grad_key, call.head_dim);
+    job.grad_value = operand_of(problem.grad_value, call.value_dim);
+}
+
+// The work of all head groups; none where the problem does not fall into groups.
+std::vector<Work> all_work(const Problem& problem, bool is_backward) {
+    const vicinal_call& call = problem.call;
+    if (problem.is_double || call.extra_tokens || problem.members.size() != 1 || !call.value_dim) return {};
+    // where key heads are shared, their gradients are summed up over one head group; and a bias has one of its own
+    if (is_backward && call.heads != call.kv_heads && (problem.groups.size() != 1 || problem.bias)) return {};
+    std::vector<Work> all(problem.groups.size());
+    for (size_t number = 0; number < all.size(); ++number)
+        if (!find_groups(problem, number, is_backward, all[number])) return {};
+    for (size_t number = 0; number < all.size(); ++number)
+        fill_job(problem, problem.groups[number], is_backward, all[number]);
+    return all;
+}
+
+// Enough shares that threads end together, of pieces that follow each other.
+constexpr int64_t SHARES_PER_THREAD = 8;
+
+template <class Run>
+void run_shares(const Problem& problem, const Work& work, const Run& run) {
+    const int64_t pieces = work.pieces();
+    if (!pieces) return;
+    const int64_t shares = problem.call.threads == 1 ? 1 : std::min(pieces, problem.call.threads * SHARES_PER_THREAD);
+    parallel_for(shares, problem.call.threads, [&](int64_t share) {
+        run(pieces * share / shares, pieces * (share + 1) / shares);
+    });
+}
+
+void* get_memory(int slot, size_t bytes) { return workspace(slot, bytes); }
+
+// A head's pieces are cut into a number of shares that no number of threads changes, each with a table of its own.
+void backward_with_bias(const Problem& problem, const Work& work, const DenseKernels* kernels, const Workspace& memory,
+                        float* to) {
+    constexpr int64_t SHARES = 8;
+    const DenseJob& job = work.job;
+    const int64_t size = int64_t(job.bias_length[0]) * job.bias_length[1] * job.bias_length[2];
+    const int64_t pieces = job.groups * job.samples, shares = std::min(SHARES, pieces);
+    std::vector<float> tables(size * shares * job.heads, 0.0f);
+    parallel_for(shares * job.heads, problem.call.threads, [&](int64_t index) {
+        const int64_t head = index / shares, share = index % shares, first = head * pieces;
+        kernels->backward(job, first + pieces * share / shares, first + pieces * (share + 1) / shares,
+                          tables.data() + index * size, memory);
+    });
+    for (int64_t head = 0; head < job.heads; ++head)
+        for (int64_t i = 0; i < size; ++i) {
+            float sum = 0.0f;
+            for (int64_t share = 0; share < shares; ++share) sum += tables[(head * shares + share) * size + i];
+            to[head * size + i] = sum;
+        }
+}
+
+}  // namespace
+
+bool dense_takes(const Problem& problem, bool is_backward) { return !all_work(problem, is_backward).empty(); }
+
+bool dense_suits(const Problem& problem, bool is_backward) {
+    const std::vector<Work> all = all_work(problem, is_backward);
+    if (all.empty()) return false;
+    return true;
+}
+
+void dense_forward(const Problem& problem) {
+    const DenseKernels* kernels = kernels_for(problem);
+    const Workspace memory{get_memory};
+    for (const Work& work : all_work(problem, false))
+        run_shares(problem, work, [&](int64_t begin, int64_t end) { kernels->forward(work.job, begin, end, memory); });
+}
+
+void dense_backward(const Problem& problem) {
+    const vicinal_call& call = problem.call;
+    if (!problem.grad_out && call.batch) {  // only the log-sum-exp has a gradient: one row of zeros stands for all
+        Problem with_zeros = problem;
+        std::vector<float> zeros(call.value_dim + 1, 0.0f);
+        with_zeros.grad_out = View{reinterpret_cast<char*>(zeros.data()), 0, {0, 0, 0}, 0, 1};
+        return dense_backward(with_zeros);
+    }
+    const DenseKernels* kernels = kernels_for(problem);
+    const Workspace memory{get_memory};
+    const std::vector<Work> all = all_work(problem, true);
+    for (size_t number = 0; number < all.size(); ++number) {
+        const Work& work = all[number];
+        if (problem.grad_bias)
+            backward_with_bias(problem, work, kernels, memory,
+                               static_cast<float*>(problem.grad_bias) + problem.groups[number].bias_begin);
+        else
+            run_shares(problem, work, [&](int64_t begin, int64_t end) {
+                kernels->backward(work.job, begin, end, nullptr, memory);
+            });
+    }
+}
+
+void dense_describe(const Problem& problem, vicinal_description* groups) {
+    simple_describe(problem, groups);
+    const std::vector<Work> all = all_work(problem, false);
+    const int64_t lanes = kernels_for(problem)->lanes;
+    for (size_t number = 0; number < all.size(); ++number) {
+        const int64_t count = all[number].job.groups;
+        groups[number] = {VICINAL_DENSE, problem.call.isa, lanes, 1, count, groups[number].pairs,
+                          computed_pairs(all[number], lanes), count};
+    }
+}
+
+}  // namespace vicinal

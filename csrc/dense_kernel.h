@@ -1,0 +1,597 @@
+// The kernels of the dense strategy: a group's tokens are copied to where they lie together, and all that follows are
+// products of small matrices in the first-level cache.
+
+#ifndef VICINAL_DENSE_KERNEL_H
+#define VICINAL_DENSE_KERNEL_H
+
+#include <initializer_list>
+
+#include "dense.h"
+#include "panel.h"
+
+namespace vicinal {
+namespace {
+
+enum DenseSlot { DENSE_ROOM = 8, DENSE_BIAS };
+
+// ---- products
+
+// How many rows and vectors of a product are summed up in registers at once.
+template <class S>
+struct Registers {
+    static constexpr int ROWS = S::LANES == 16 ? 6 : 4;
+    static constexpr int VECTORS = S::LANES == 16 ? 4 : 3;
+};
+
+// to[r][...] = begin[r][...] + sum over i < count of left[r * left_row + i * left_step] * right[i * right_row + ...]
+struct Product {
+    const float* left;
+    int64_t left_row, left_step;
+    const float* right;
+    int64_t right_row, count;
+    const float* begin;  // null: zero
+    int64_t begin_row;
+    float* to;
+    int64_t to_row;
+};
+
+template <class S, int T, int V>
+VICINAL_APART void multiply_block(const Product& p) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
+    F sum[T][V];
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        VICINAL_UNROLL
+        for (int v = 0; v < V; ++v) sum[t][v] = p.begin ? S::load(p.begin + t * p.begin_row + v * W) : S::zero();
+    }
+    const float* left[T];
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) left[t] = p.left + t * p.left_row;
+    const float* right = p.right;
+    const int64_t step = p.left_step, right_row = p.right_row;
+    int64_t at = 0;
+    for (int64_t i = 0; i < p.count; ++i, at += step, right += right_row) {
+        F vector[V];
+        VICINAL_UNROLL
+        for (int v = 0; v < V; ++v) vector[v] = S::load(right + v * W);
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            const F factor = S::all(left[t][at]);
+            VICINAL_UNROLL
+            for (int v = 0; v < V; ++v) sum[t][v] = S::fma(factor, vector[v], sum[t][v]);
+        }
+    }
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        VICINAL_UNROLL
+        for (int v = 0; v < V; ++v) S::store(p.to + t * p.to_row + v * W, sum[t][v]);
+    }
+}
+
+template <class S, int T>
+VICINAL_INLINE void multiply_rows(const Product& p, int vectors) {
+    switch (vectors) {
+        case 1: return multiply_block<S, T, 1>(p);
+        case 2: return multiply_block<S, T, 2>(p);
+        case 3: return multiply_block<S, T, 3>(p);
+        default:
+            if constexpr (Registers<S>::VECTORS >= 4) return multiply_block<S, T, 4>(p);
+    }
+}
+
+template <class S>
+VICINAL_INLINE void multiply_some(const Product& p, int rows, int vectors) {
+    switch (rows) {
+        case 1: return multiply_rows<S, 1>(p, vectors);
+        case 2: return multiply_rows<S, 2>(p, vectors);
+        case 3: return multiply_rows<S, 3>(p, vectors);
+        case 4: return multiply_rows<S, 4>(p, vectors);
+        case 5:
+            if constexpr (Registers<S>::ROWS >= 5) return multiply_rows<S, 5>(p, vectors);
+            break;
+        default:
+            if constexpr (Registers<S>::ROWS >= 6) return multiply_rows<S, 6>(p, vectors);
+    }
+}
+
+// Even shares: number `index` of as few as hold at most `most` each.
+struct Share {
+    int64_t begin, size;
+};
+
+VICINAL_INLINE int64_t shares_of(int64_t count, int64_t most) { return (count + most - 1) / most; }
+
+VICINAL_INLINE Share share_of(int64_t count, int64_t shares, int64_t index) {
+    const int64_t begin = count * index / shares;
+    return {begin, count * (index + 1) / shares - begin};
+}
+
+// A product of at most Registers::ROWS rows and any number of vectors.
+template <class S>
+VICINAL_INLINE void multiply(Product p, int64_t rows, int64_t vectors) {
+    const int64_t shares = shares_of(vectors, Registers<S>::VECTORS);
+    for (int64_t i = 0; i < shares; ++i) {
+        const Share share = share_of(vectors, shares, i);
+        Product part = p;
+        part.right += share.begin * S::LANES;
+        part.to += share.begin * S::LANES;
+        if (part.begin) part.begin += share.begin * S::LANES;
+        multiply_some<S>(part, static_cast<int>(rows), static_cast<int>(share.size));
+    }
+}
+
+// ---- groups
+
+struct Piece {
+    int64_t sample, head;
+    const DenseRun* run[3];
+    int64_t queries, keys;
+
+    VICINAL_INLINE bool has_shape_of(const Piece& other) const {
+        return run[0]->shape == other.run[0]->shape && run[1]->shape == other.run[1]->shape &&
+               run[2]->shape == other.run[2]->shape;
+    }
+};
+
+VICINAL_INLINE Piece piece_of(const DenseJob& job, int64_t number) {
+    Piece piece;
+    int64_t group;
+    if (job.heads_first) {
+        piece.sample = number % job.samples;
+        group = number / job.samples % job.groups;
+        piece.head = job.first_head + number / job.samples / job.groups;
+    } else {
+        piece.head = job.first_head + number % job.heads;
+        group = number / job.heads % job.groups;
+        piece.sample = number / job.heads / job.groups;
+    }
+    piece.queries = piece.keys = 1;
+    for (int a = 2; a >= 0; --a) {
+        piece.run[a] = job.runs[a] + group % job.num_runs[a];
+        group /= job.num_runs[a];
+        piece.queries *= piece.run[a]->queries;
+        piece.keys *= piece.run[a]->keys;
+    }
+    return piece;
+}
+
+// Where the queries, or the keys, of a group stand in a tensor.
+struct DensePlaces {
+    const Operand& operand;
+    bool are_keys;
+    int64_t* at;        // from the first of them on
+    int64_t base = 0;   // of the piece at hand
+    int64_t next = -1;  // of the next one; -1 where that has another shape, or there is none
+
+    // `head` is one of the tensor's
+    VICINAL_INLINE int64_t base_of(const Piece& piece, int64_t head) const {
+        int64_t base = piece.sample * operand.batch + head * operand.head;
+        for (int a = 0; a < 3; ++a) base += (are_keys ? piece.run[a]->key : piece.run[a]->query) * operand.axis[a];
+        return base;
+    }
+
+    VICINAL_INLINE void take_shape(const Piece& piece) const {
+        int64_t size[3], stride[3], *to = at;
+        for (int a = 0; a < 3; ++a) {
+            size[a] = are_keys ? piece.run[a]->keys : piece.run[a]->queries;
+            stride[a] = operand.axis[a] * piece.run[a]->step;
+        }
+        for (int64_t i = 0; i < size[0]; ++i)
+            for (int64_t j = 0; j < size[1]; ++j)
+                for (int64_t k = 0; k < size[2]; ++k) *to++ = i * stride[0] + j * stride[1] + k * stride[2];
+    }
+
+    VICINAL_INLINE int64_t operator[](int64_t token) const { return base + at[token]; }
+};
+
+// Asks for a share of what the next piece reads, or writes: strided tokens come line by line from many pages, where no
+// machine sees by itself what comes next.
+template <bool IS_WRITTEN = false>
+VICINAL_INLINE void ask_for_share(const DensePlaces& places, int64_t bytes, Share share) {
+    if (places.next < 0 || !places.operand.data) return;
+    const char* data = places.operand.data + places.next * bytes;
+    const int64_t size = places.operand.dim * bytes;
+    for (int64_t i = share.begin; i < share.begin + share.size; ++i)
+        for (int64_t byte = 0; byte < size; byte += 64) {
+            if constexpr (IS_WRITTEN)
+                VICINAL_PREFETCH_TO_WRITE(data + places.at[i] * bytes + byte);
+            else
+                VICINAL_PREFETCH_FOR_LATER(data + places.at[i] * bytes + byte);
+        }
+}
+
+// Rows of a group in the order of its tokens, `padded` floats apart, times `factor`.
+template <class S>
+VICINAL_INLINE void gather_rows(int64_t dtype, const DensePlaces& places, Share share, int64_t padded, float factor, float* to) {
+    constexpr int W = S::LANES;
+    const Operand& operand = places.operand;
+    const typename S::F by = S::all(factor);
+    const bool is_plain = dtype == VICINAL_FLOAT32 && operand.channel == 1 && operand.dim == padded;
+    for (int64_t i = share.begin; i < share.begin + share.size; ++i, to += padded) {
+        if (is_plain) {
+            const float* from = reinterpret_cast<const float*>(operand.data) + places[i];
+            for (int64_t d = 0; d < padded; d += W) S::store(to + d, S::mul(S::load(from + d), by));
+            continue;
+        }
+        load_row<S>(dtype, operand, places[i], to);
+        for (int64_t d = operand.dim; d < padded; ++d) to[d] = 0.0f;
+        if (factor != 1.0f)
+            for (int64_t d = 0; d < padded; d += W) S::store(to + d, S::mul(S::load(to + d), by));
+    }
+}
+
+// to[d * width + token], zero from the last token on; rows that cannot be read in place go by way of `rows`, which has
+// room for a vector of them.
+template <class S>
+VICINAL_INLINE void gather_columns(int64_t dtype, const DensePlaces& places, int64_t tokens, int64_t width, float* rows,
+                                   const float* zeros, float* to) {
+    constexpr int W = S::LANES;
+    const Operand& operand = places.operand;
+    const int64_t dim = operand.dim, padded = round_up(dim, W);
+    const bool in_place = dtype == VICINAL_FLOAT32 && operand.channel == 1;
+    for (int64_t begin = 0; begin < width; begin += W) {
+        const float* from[W];
+        for (int lane = 0; lane < W; ++lane) {
+            from[lane] = zeros;
+            if (begin + lane >= tokens) continue;
+            const int64_t place = places[begin + lane];
+            from[lane] = in_place ? reinterpret_cast<const float*>(operand.data) + place : rows + lane * padded;
+            if (!in_place) load_row<S>(dtype, operand, place, rows + lane * padded);
+        }
+        int64_t d = 0;
+        for (; d + W <= dim; d += W) S::transpose(from, d, to + d * width + begin, width);
+        for (; d < dim; ++d)
+            for (int lane = 0; lane < W; ++lane) to[d * width + begin + lane] = from[lane][d];
+    }
+}
+
+// ---- bias
+
+// Calls function(query, key, place in the table of a head) for all pairs of a group.
+template <class Function>
+VICINAL_INLINE void each_bias(const DenseJob& job, const Piece& piece, const Function& function) {
+    const DenseRun *a = piece.run[0], *b = piece.run[1], *c = piece.run[2];
+    int64_t query = 0;
+    for (int32_t qa = 0; qa < a->queries; ++qa)
+        for (int32_t qb = 0; qb < b->queries; ++qb)
+            for (int32_t qc = 0; qc < c->queries; ++qc, ++query) {
+                int64_t key = 0;
+                for (int32_t ka = 0; ka < a->keys; ++ka)
+                    for (int32_t kb = 0; kb < b->keys; ++kb) {
+                        const int64_t row = (a->bias[qa] + ka) * job.bias_length[1] + b->bias[qb] + kb;
+                        const int64_t first = row * job.bias_length[2] + c->bias[qc];
+                        for (int32_t kc = 0; kc < c->keys; ++kc, ++key) function(query, key, first + kc);
+                    }
+            }
+}
+
+// What a thread has written out last: the bias of every pair of a group, or the sums of its gradient.
+struct WrittenOut {
+    int64_t head = -1;
+    Piece piece;
+    float* pairs;  // [queries][width]
+};
+
+VICINAL_INLINE const float* bias_of_pairs(const DenseJob& job, const Piece& piece, int64_t width, WrittenOut& last) {
+    if (!job.bias) return nullptr;
+    if (last.head == piece.head && last.piece.has_shape_of(piece)) return last.pairs;
+    const float* table = job.bias + (piece.head - job.first_head) * job.bias_length[0] * job.bias_length[1] * job.bias_length[2];
+    for (int64_t i = 0; i < piece.queries * width; ++i) last.pairs[i] = 0.0f;
+    each_bias(job, piece, [&](int64_t query, int64_t key, int64_t place) VICINAL_LAMBDA {
+        last.pairs[query * width + key] = table[place] * LOG2_E;
+    });
+    last.head = piece.head;
+    last.piece = piece;
+    return last.pairs;
+}
+
+// ---- forward
+
+// Turns scores of T rows into weights, not yet divided by their sum.
+template <class S, int T>
+VICINAL_APART void weigh(float* scores, int64_t width, int64_t keys, float* top, float* total) {
+    constexpr int W = S::LANES;
+    using F = typename S::F;
+    const int64_t last = width - W;
+    const uint32_t seen = static_cast<uint32_t>((uint64_t(1) << (keys - last)) - 1);
+    F highest[T], sum[T];
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        highest[t] = S::select(seen, S::load(scores + t * width + last), S::all(-INFINITY));
+        S::store(scores + t * width + last, highest[t]);
+        highest[t] = S::max(S::all(FAR_BELOW), highest[t]);
+        sum[t] = S::zero();
+    }
+    for (int64_t v = 0; v < last; v += W) {
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) highest[t] = S::max(highest[t], S::load(scores + t * width + v));
+    }
+    largest_of<S, T>(highest, top);
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) highest[t] = S::all(top[t]);
+    for (int64_t v = 0; v < width; v += W) {
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            float* at = scores + t * width + v;
+            const F weight = exp2_of<S>(S::sub(S::load(at), highest[t]));
+            sum[t] = S::add(sum[t], weight);
+            S::store(at, weight);
+        }
+    }
+    sums_of<S, T>(sum, total);
+}
+
+template <class S>
+VICINAL_INLINE void weigh_some(float* scores, int64_t rows, int64_t width, int64_t keys, float* top, float* total) {
+    switch (rows) {
+        case 1: return weigh<S, 1>(scores, width, keys, top, total);
+        case 2: return weigh<S, 2>(scores, width, keys, top, total);
+        case 3: return weigh<S, 3>(scores, width, keys, top, total);
+        case 4: return weigh<S, 4>(scores, width, keys, top, total);
+        case 5: return weigh<S, 5>(scores, width, keys, top, total);
+        default: return weigh<S, 6>(scores, width, keys, top, total);
+    }
+}
+
+VICINAL_INLINE void write_lse(const DensePlaces& places, int64_t queries, const float* top, float* total) {
+    float* to = reinterpret_cast<float*>(const_cast<char*>(places.operand.data));
+    for (int64_t i = 0; i < queries; ++i) {
+        const float lse = top[i] * LN_2 + log_of(total[i]);
+        total[i] = total[i] > 0.0f ? lse : total[i] - INFINITY;  // nothing is seen, or NaN
+    }
+    for (int64_t i = 0; i < queries; ++i) to[places[i]] = total[i];
+}
+
+// The pieces of one call of a kernel, with what the next one asks for.
+template <class Use>
+VICINAL_INLINE void each_piece(const DenseJob& job, int64_t begin, int64_t end, const Use& use) {
+    Piece piece = piece_of(job, begin), last{};
+    for (int64_t number = begin; number < end; ++number) {
+        const bool is_last = number + 1 == end;
+        const Piece next = is_last ? piece : piece_of(job, number + 1);
+        use(piece, number == begin || !piece.has_shape_of(last), !is_last && next.has_shape_of(piece) ? &next : nullptr);
+        last = piece;
+        piece = next;
+    }
+}
+
+VICINAL_INLINE void go_to(DensePlaces& places, const Piece& piece, bool has_new_shape, const Piece* next, int64_t shared) {
+    if (!places.operand.data) return;
+    if (has_new_shape) places.take_shape(piece);
+    places.base = places.base_of(piece, piece.head / shared);
+    places.next = next ? places.base_of(*next, next->head / shared) : -1;
+}
+
+template <class S>
+void dense_forward(const DenseJob& job, int64_t begin, int64_t end, const Workspace& workspace) {
+    constexpr int W = S::LANES, ROWS = Registers<S>::ROWS;
+    const int64_t key_padded = round_up(job.query.dim, W), value_padded = round_up(job.value.dim, W);
+    const int64_t widest = round_up(job.most_keys, W), longest = most(key_padded, value_padded);
+    const int64_t floats = job.query.dim * widest + widest * value_padded + ROWS * (key_padded + widest + value_padded) +
+                           (W + 1) * longest + 2 * (job.most_queries + W);
+    const int64_t places = 3 * job.most_queries + 2 * job.most_keys;
+    Arena arena{static_cast<char*>(workspace.get(DENSE_ROOM, 64 + floats * 4 + places * 8 + 64 * 16)) + 64};
+    float* keys = arena.take<float>(job.query.dim * widest);
+    float* values = arena.take<float>(widest * value_padded);
+    float* queries = arena.take<float>(ROWS * key_padded);
+    float* scores = arena.take<float>(ROWS * widest);
+    float* sums = arena.take<float>(ROWS * value_padded);
+    float* rows = arena.take<float>(W * longest);
+    float* zeros = arena.take<float>(longest);
+    float* top = arena.take<float>(job.most_queries + W);
+    float* total = arena.take<float>(job.most_queries + W);
+    for (int64_t i = 0; i < longest; ++i) zeros[i] = 0.0f;
+    DensePlaces query_at{job.query, false, arena.take<int64_t>(job.most_queries)};
+    DensePlaces out_at{job.out, false, arena.take<int64_t>(job.most_queries)};
+    DensePlaces lse_at{job.lse, false, arena.take<int64_t>(job.most_queries)};
+    DensePlaces key_at{job.key, true, arena.take<int64_t>(job.most_keys)};
+    DensePlaces value_at{job.value, true, arena.take<int64_t>(job.most_keys)};
+    WrittenOut bias;
+    if (job.bias) bias.pairs = static_cast<float*>(workspace.get(DENSE_BIAS, 64 + job.most_queries * widest * 4 + 64)) + 16;
+    const int64_t bytes = bytes_of(job.dtype);
+    const float factor = job.scale * LOG2_E;
+    each_piece(job, begin, end, [&](const Piece& piece, bool has_new_shape, const Piece* next) {
+        for (DensePlaces* at : {&query_at, &out_at, &lse_at}) go_to(*at, piece, has_new_shape, next, 1);
+        for (DensePlaces* at : {&key_at, &value_at}) go_to(*at, piece, has_new_shape, next, job.shared);
+        const int64_t width = round_up(piece.keys, W);
+        gather_columns<S>(job.dtype, key_at, piece.keys, width, rows, zeros, keys);
+        gather_rows<S>(job.dtype, value_at, {0, piece.keys}, value_padded, 1.0f, values);
+        const float* pairs = bias_of_pairs(job, piece, width, bias);
+        const int64_t shares = shares_of(piece.queries, ROWS);
+        for (int64_t i = 0; i < shares; ++i) {
+            const Share share = share_of(piece.queries, shares, i);
+            const Share of_keys = share_of(piece.keys, shares, i);
+            ask_for_share(key_at, bytes, of_keys);
+            ask_for_share(value_at, bytes, of_keys);
+            ask_for_share(query_at, bytes, share);
+            ask_for_share<true>(out_at, bytes, share);
+            gather_rows<S>(job.dtype, query_at, share, key_padded, factor, queries);
+            multiply<S>({queries, key_padded, 1, keys, width, job.query.dim, pairs ? pairs + share.begin * width : nullptr,
+                         width, scores, width},
+                        share.size, width / W);
+            weigh_some<S>(scores, share.size, width, piece.keys, top + share.begin, total + share.begin);
+            multiply<S>({scores, width, 1, values, value_padded, piece.keys, nullptr, 0, sums, value_padded}, share.size,
+                        value_padded / W);
+            for (int64_t t = 0; t < share.size; ++t) {
+                const float weight = total[share.begin + t];
+                store_row<S>(job.dtype, job.out, out_at[share.begin + t], sums + t * value_padded,
+                             weight > 0.0f ? 1.0f / weight : 0.0f);
+            }
+        }
+        if (job.lse.data) write_lse(lse_at, piece.queries, top, total);
+    });
+}
+
+// ---- backward
+
+// From scores to weights, and from gradients of weights to those of scores.
+template <class S>
+VICINAL_INLINE void differentiate(float* weights, float* grads, int64_t width, float lse, float row_sum) {
+    constexpr int W = S::LANES;
+    for (int64_t v = 0; v < width; v += W) {
+        const typename S::F weight = exp2_of<S>(S::sub(S::load(weights + v), S::all(lse)));
+        S::store(weights + v, weight);
+        S::store(grads + v, S::mul(weight, S::sub(S::load(grads + v), S::all(row_sum))));
+    }
+}
+
+// to[row] (+)= sum over i < count of left[i * width + row] * right[i * padded ...], for all rows.
+template <class S>
+VICINAL_INLINE void multiply_transposed(const float* left, int64_t width, const float* right, int64_t padded, int64_t count,
+                                        int64_t rows, bool adds, float* to) {
+    const int64_t shares = shares_of(rows, Registers<S>::ROWS);
+    for (int64_t i = 0; i < shares; ++i) {
+        const Share share = share_of(rows, shares, i);
+        float* out = to + share.begin * padded;
+        multiply<S>({left + share.begin, 1, width, right, padded, count, adds ? out : nullptr, padded, out, padded},
+                    share.size, padded / S::LANES);
+    }
+}
+
+template <class S>
+VICINAL_INLINE void scatter_rows(int64_t dtype, const DensePlaces& places, int64_t tokens, int64_t padded, const float* from, float factor) {
+    if (!places.operand.data) return;
+    for (int64_t i = 0; i < tokens; ++i) store_row<S>(dtype, places.operand, places[i], from + i * padded, factor);
+}
+
+// Sums of the gradients of scores, pair by pair, go to the table when another shape or the end comes.
+VICINAL_INLINE void add_to_table(const DenseJob& job, WrittenOut& sums, int64_t width, float* table) {
+    if (sums.head < 0) return;
+    each_bias(job, sums.piece, [&](int64_t query, int64_t key, int64_t place) VICINAL_LAMBDA {
+        table[place] += sums.pairs[query * width + key];
+    });
+    sums.head = -1;
+}
+
+template <class S>
+VICINAL_INLINE void add_pairs(const Piece& piece, int64_t width, const float* grads, WrittenOut& sums) {
+    const bool is_fresh = sums.head < 0;
+    for (int64_t i = 0; i < piece.queries * width; i += S::LANES) {
+        const typename S::F grad = S::load(grads + i);
+        S::store(sums.pairs + i, is_fresh ? grad : S::add(S::load(sums.pairs + i), grad));
+    }
+    sums.head = piece.head;
+    sums.piece = piece;
+}
+
+template <class S>
+void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad_bias, const Workspace& workspace) {
+    constexpr int W = S::LANES, ROWS = Registers<S>::ROWS;
+    const int64_t key_padded = round_up(job.query.dim, W), value_padded = round_up(job.value.dim, W);
+    const int64_t widest = round_up(job.most_keys, W), longest = most(key_padded, value_padded);
+    const int64_t most_queries = job.most_queries, most_keys = job.most_keys;
+    const int64_t floats = (job.query.dim + job.value.dim) * widest + (2 * most_keys + most_queries) * key_padded +
+                           (most_keys + most_queries) * value_padded + 2 * most_queries * widest + ROWS * key_padded +
+                           2 * value_padded + (W + 1) * longest;
+    Arena arena{static_cast<char*>(workspace.get(DENSE_ROOM, 64 + floats * 4 + (6 * most_queries + 4 * most_keys) * 8 + 64 * 24)) + 64};
+    float* keys = arena.take<float>(job.query.dim * widest);     // [channel][key]
+    float* values = arena.take<float>(job.value.dim * widest);
+    float* key_rows = arena.take<float>(most_keys * key_padded);
+    float* queries = arena.take<float>(most_queries * key_padded);
+    float* grads = arena.take<float>(most_queries * value_padded);
+    float* weights = arena.take<float>(most_queries * widest);
+    float* changes = arena.take<float>(most_queries * widest);   // gradients of scores
+    float* grad_keys = arena.take<float>(most_keys * key_padded);
+    float* grad_values = arena.take<float>(most_keys * value_padded);
+    float* sums = arena.take<float>(ROWS * key_padded);
+    float* out = arena.take<float>(value_padded);
+    float* rows = arena.take<float>(W * longest);
+    float* zeros = arena.take<float>(longest);
+    for (int64_t i = 0; i < longest; ++i) zeros[i] = 0.0f;
+    DensePlaces query_at{job.query, false, arena.take<int64_t>(most_queries)};
+    DensePlaces out_at{job.out, false, arena.take<int64_t>(most_queries)};
+    DensePlaces grad_out_at{job.grad_out, false, arena.take<int64_t>(most_queries)};
+    DensePlaces grad_query_at{job.grad_query, false, arena.take<int64_t>(most_queries)};
+    DensePlaces lse_at{job.lse, false, arena.take<int64_t>(most_queries)};
+    DensePlaces grad_lse_at{job.grad_lse, false, arena.take<int64_t>(most_queries)};
+    DensePlaces key_at{job.key, true, arena.take<int64_t>(most_keys)};
+    DensePlaces value_at{job.value, true, arena.take<int64_t>(most_keys)};
+    DensePlaces grad_key_at{job.grad_key, true, arena.take<int64_t>(most_keys)};
+    DensePlaces grad_value_at{job.grad_value, true, arena.take<int64_t>(most_keys)};
+    WrittenOut bias, grad_pairs;
+    if (job.bias) {
+        const int64_t pairs = most_queries * widest;
+        bias.pairs = static_cast<float*>(workspace.get(DENSE_BIAS, 64 + 2 * pairs * 4)) + 16;
+        grad_pairs.pairs = bias.pairs + pairs;
+    }
+    const int64_t bytes = bytes_of(job.dtype);
+    const float factor = job.scale * LOG2_E;
+    const float* lse = reinterpret_cast<const float*>(job.lse.data);
+    const float* grad_lse = reinterpret_cast<const float*>(job.grad_lse.data);
+    each_piece(job, begin, end, [&](const Piece& own, bool has_new_shape, const Piece* next) {
+        const int64_t width = round_up(own.keys, W), queries_here = own.queries, keys_here = own.keys;
+        for (DensePlaces* at : {&key_at, &value_at, &grad_key_at, &grad_value_at}) go_to(*at, own, has_new_shape, next, 1);
+        if (has_new_shape && grad_bias && grad_pairs.head >= 0)
+            add_to_table(job, grad_pairs, round_up(grad_pairs.piece.keys, W), grad_bias);
+        gather_columns<S>(job.dtype, key_at, keys_here, width, rows, zeros, keys);
+        gather_columns<S>(job.dtype, value_at, keys_here, width, rows, zeros, values);
+        if (job.grad_query.data) gather_rows<S>(job.dtype, key_at, {0, keys_here}, key_padded, 1.0f, key_rows);
+        for (int64_t s = 0; s < job.shared; ++s) {
+            Piece piece = own, following;
+            const bool is_last = s + 1 == job.shared;
+            piece.head = own.head * job.shared + s;
+            if (!is_last) following = own;
+            if (is_last && next) following = *next;
+            following.head = is_last ? following.head * job.shared : piece.head + 1;
+            const Piece* then = is_last && !next ? nullptr : &following;
+            for (DensePlaces* at : {&query_at, &out_at, &grad_out_at, &grad_query_at, &lse_at, &grad_lse_at})
+                go_to(*at, piece, has_new_shape && s == 0, then, 1);
+            gather_rows<S>(job.dtype, query_at, {0, queries_here}, key_padded, factor, queries);
+            gather_rows<S>(job.dtype, grad_out_at, {0, queries_here}, value_padded, 1.0f, grads);
+            const float* pairs = bias_of_pairs(job, piece, width, bias);
+            const int64_t shares = shares_of(queries_here, ROWS);
+            for (int64_t i = 0; i < shares; ++i) {
+                const Share share = share_of(queries_here, shares, i);
+                for (const DensePlaces* at : {&query_at, &out_at, &grad_out_at}) ask_for_share(*at, bytes, share);
+                ask_for_share<true>(grad_query_at, bytes, share);
+                const Share of_keys = share_of(keys_here, shares, i);
+                for (const DensePlaces* at : {&key_at, &value_at}) ask_for_share(*at, bytes, of_keys);
+                for (const DensePlaces* at : {&grad_key_at, &grad_value_at}) ask_for_share<true>(*at, bytes, of_keys);
+                float* own_weights = weights + share.begin * width;
+                float* own_changes = changes + share.begin * width;
+                multiply<S>({queries + share.begin * key_padded, key_padded, 1, keys, width, job.query.dim,
+                             pairs ? pairs + share.begin * width : nullptr, width, own_weights, width},
+                            share.size, width / W);
+                multiply<S>({grads + share.begin * value_padded, value_padded, 1, values, width, job.value.dim, nullptr, 0,
+                             own_changes, width},
+                            share.size, width / W);
+                for (int64_t t = 0; t < share.size; ++t) {
+                    const int64_t query = share.begin + t;
+                    const float of_query = lse[lse_at[query]];
+                    gather_rows<S>(job.dtype, out_at, {query, 1}, value_padded, 1.0f, out);
+                    typename S::F products = S::zero();
+                    for (int64_t d = 0; d < value_padded; d += W)
+                        products = S::fma(S::load(out + d), S::load(grads + query * value_padded + d), products);
+                    const float row_sum = S::sum(products) - (grad_lse ? grad_lse[grad_lse_at[query]] : 0.0f);
+                    differentiate<S>(own_weights + t * width, own_changes + t * width, width,
+                                     of_query == -INFINITY ? 0.0f : of_query * LOG2_E, row_sum);
+                }
+                if (!job.grad_query.data) continue;
+                multiply<S>({own_changes, width, 1, key_rows, key_padded, keys_here, nullptr, 0, sums, key_padded},
+                            share.size, key_padded / W);
+                for (int64_t t = 0; t < share.size; ++t)
+                    store_row<S>(job.dtype, job.grad_query, grad_query_at[share.begin + t], sums + t * key_padded, job.scale);
+            }
+            if (grad_bias) add_pairs<S>(piece, width, changes, grad_pairs);
+            if (job.grad_value.data)
+                multiply_transposed<S>(weights, width, grads, value_padded, queries_here, keys_here, s > 0, grad_values);
+            if (job.grad_key.data)
+                multiply_transposed<S>(changes, width, queries, key_padded, queries_here, keys_here, s > 0, grad_keys);
+        }
+        scatter_rows<S>(job.dtype, grad_value_at, keys_here, value_padded, grad_values, 1.0f);
+        scatter_rows<S>(job.dtype, grad_key_at, keys_here, key_padded, grad_keys, LN_2);  // queries were times log2(e)
+    });
+    if (grad_bias && grad_pairs.head >= 0) add_to_table(job, grad_pairs, round_up(grad_pairs.piece.keys, W), grad_bias);
+}
+
+template <class S>
+const DenseKernels* dense_kernels_of() {
+    static const DenseKernels kernels = {S::LANES, dense_forward<S>, dense_backward<S>};
+    return &kernels;
+}
+
+}  // namespace
+}  // namespace vicinal
+
+#endif
