@@ -95,30 +95,40 @@ VICINAL_INLINE void multiply_some(const Product& p, int rows, int vectors) {
     }
 }
 
-// Even shares: number `index` of as few as hold at most `most` each.
+// Even shares of a count, as few as hold at most `most` each, one after the other.
 struct Share {
     int64_t begin, size;
 };
 
-VICINAL_INLINE int64_t shares_of(int64_t count, int64_t most) { return (count + most - 1) / most; }
+struct Shares {
+    int64_t count, size, larger;  // the first `larger` have one more
 
-VICINAL_INLINE Share share_of(int64_t count, int64_t shares, int64_t index) {
-    const int64_t begin = count * index / shares;
-    return {begin, count * (index + 1) / shares - begin};
-}
+    VICINAL_INLINE Shares(int64_t all, int64_t most) : Shares(all, (all + most - 1) / most, 0) {}
+    VICINAL_INLINE Shares(int64_t all, int64_t number, int) : count(number), size(all / number), larger(all % number) {}
+    VICINAL_INLINE Share first() const { return {0, size + (larger > 0)}; }
+    VICINAL_INLINE Share after(Share share, int64_t index) const { return {share.begin + share.size, size + (index + 1 < larger)}; }
+
+    template <class Function>
+    VICINAL_INLINE void each(const Function& function) const {
+        Share share = first();
+        for (int64_t i = 0; i < count; ++i, share = after(share, i - 1)) function(share);
+    }
+};
 
 // A product of at most Registers::ROWS rows and any number of vectors.
 template <class S>
-VICINAL_INLINE void multiply(Product p, int64_t rows, int64_t vectors) {
-    const int64_t shares = shares_of(vectors, Registers<S>::VECTORS);
-    for (int64_t i = 0; i < shares; ++i) {
-        const Share share = share_of(vectors, shares, i);
+VICINAL_INLINE void multiply(const Product& p, int64_t rows, int64_t vectors) {
+    if (vectors <= Registers<S>::VECTORS) {
+        if (vectors) multiply_some<S>(p, static_cast<int>(rows), static_cast<int>(vectors));
+        return;
+    }
+    Shares(vectors, Registers<S>::VECTORS).each([&](Share share) VICINAL_LAMBDA {
         Product part = p;
         part.right += share.begin * S::LANES;
         part.to += share.begin * S::LANES;
         if (part.begin) part.begin += share.begin * S::LANES;
         multiply_some<S>(part, static_cast<int>(rows), static_cast<int>(share.size));
-    }
+    });
 }
 
 // ---- groups
@@ -286,19 +296,73 @@ VICINAL_INLINE const float* bias_of_pairs(const DenseJob& job, const Piece& piec
     return last.pairs;
 }
 
+// How the keys of a group fill vectors. A last vector with one or two keys in it (7x7 is 49) costs as much as a full one:
+// such a tail is taken key by key, for all rows at once.
+template <class S>
+struct Columns {
+    static constexpr int64_t MOST_TAIL = 2;
+    int64_t width;    // of a row of scores
+    int64_t vectors;  // that are multiplied
+    int64_t full;     // keys in them
+    int64_t tail;     // keys after them
+    uint32_t seen;    // lanes of the last vector that are keys
+
+    VICINAL_INLINE explicit Columns(int64_t keys) {
+        constexpr int W = S::LANES;
+        const int64_t over = keys % W;
+        width = round_up(keys, W);
+        tail = keys > W && over <= MOST_TAIL ? over : 0;
+        full = keys - tail;
+        vectors = (full + W - 1) / W;
+        seen = static_cast<uint32_t>((uint64_t(1) << (full - (vectors - 1) * W)) - 1);
+    }
+};
+
+// to[t] = product of row t with one other row, for T rows.
+template <class S, int T>
+VICINAL_INLINE void multiply_by_row(const float* rows, const float* row, int64_t padded, float* to) {
+    typename S::F sum[T];
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) sum[t] = S::zero();
+    for (int64_t d = 0; d < padded; d += S::LANES) {
+        const typename S::F vector = S::load(row + d);
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) sum[t] = S::fma(S::load(rows + t * padded + d), vector, sum[t]);
+    }
+    sums_of<S, T>(sum, to);
+}
+
+// Calls a template over the number of rows.
+#define VICINAL_FOR_ROWS(rows, call)  \
+    switch (rows) {                   \
+        case 1: return call(1);       \
+        case 2: return call(2);       \
+        case 3: return call(3);       \
+        case 4: return call(4);       \
+        case 5: return call(5);       \
+        default: return call(6);      \
+    }
+
 // ---- forward
 
-// Turns scores of T rows into weights, not yet divided by their sum.
+// Rows of queries, and what their scores with the keys of the tail are made of.
+struct TailRows {
+    const float* rows;   // of the queries, `padded` apart
+    const float* keys;   // of the tail
+    int64_t padded;
+    const float* begin;  // bias of the tail, `width` from row to row; or null
+};
+
+// Turns scores of T rows into weights, not yet divided by their sum. `top` and `total` have room for a vector.
 template <class S, int T>
-VICINAL_APART void weigh(float* scores, int64_t width, int64_t keys, float* top, float* total) {
+VICINAL_APART void weigh(const Columns<S>& columns, const TailRows& of_tail, float* scores, float* top, float* total) {
     constexpr int W = S::LANES;
     using F = typename S::F;
-    const int64_t last = width - W;
-    const uint32_t seen = static_cast<uint32_t>((uint64_t(1) << (keys - last)) - 1);
+    const int64_t last = (columns.vectors - 1) * W, width = columns.width;
     F highest[T], sum[T];
     VICINAL_UNROLL
     for (int t = 0; t < T; ++t) {
-        highest[t] = S::select(seen, S::load(scores + t * width + last), S::all(-INFINITY));
+        highest[t] = S::select(columns.seen, S::load(scores + t * width + last), S::all(-INFINITY));
         S::store(scores + t * width + last, highest[t]);
         highest[t] = S::max(S::all(FAR_BELOW), highest[t]);
         sum[t] = S::zero();
@@ -307,10 +371,20 @@ VICINAL_APART void weigh(float* scores, int64_t width, int64_t keys, float* top,
         VICINAL_UNROLL
         for (int t = 0; t < T; ++t) highest[t] = S::max(highest[t], S::load(scores + t * width + v));
     }
-    largest_of<S, T>(highest, top);
+    // lanes beyond T are computed too, and must hold no denormal numbers
+    alignas(64) float tail[Columns<S>::MOST_TAIL][W + T] = {}, tops[W + T] = {}, totals[W + T];
+    largest_of<S, T>(highest, tops);
+    for (int64_t r = 0; r < columns.tail; ++r) {
+        multiply_by_row<S, T>(of_tail.rows, of_tail.keys + r * of_tail.padded, of_tail.padded, tail[r]);
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            if (of_tail.begin) tail[r][t] += of_tail.begin[t * width + r];
+            tops[t] = tail[r][t] > tops[t] ? tail[r][t] : tops[t];
+        }
+    }
     VICINAL_UNROLL
-    for (int t = 0; t < T; ++t) highest[t] = S::all(top[t]);
-    for (int64_t v = 0; v < width; v += W) {
+    for (int t = 0; t < T; ++t) highest[t] = S::all(tops[t]);
+    for (int64_t v = 0; v <= last; v += W) {
         VICINAL_UNROLL
         for (int t = 0; t < T; ++t) {
             float* at = scores + t * width + v;
@@ -319,19 +393,27 @@ VICINAL_APART void weigh(float* scores, int64_t width, int64_t keys, float* top,
             S::store(at, weight);
         }
     }
-    sums_of<S, T>(sum, total);
+    sums_of<S, T>(sum, totals);
+    for (int64_t r = 0; r < columns.tail; ++r) {
+        for (int t = 0; t < T; t += W) S::store(tail[r] + t, exp2_of<S>(S::sub(S::load(tail[r] + t), S::load(tops + t))));
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            totals[t] += tail[r][t];
+            scores[t * width + columns.full + r] = tail[r][t];
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        top[t] = tops[t];
+        total[t] = totals[t];
+    }
 }
 
 template <class S>
-VICINAL_INLINE void weigh_some(float* scores, int64_t rows, int64_t width, int64_t keys, float* top, float* total) {
-    switch (rows) {
-        case 1: return weigh<S, 1>(scores, width, keys, top, total);
-        case 2: return weigh<S, 2>(scores, width, keys, top, total);
-        case 3: return weigh<S, 3>(scores, width, keys, top, total);
-        case 4: return weigh<S, 4>(scores, width, keys, top, total);
-        case 5: return weigh<S, 5>(scores, width, keys, top, total);
-        default: return weigh<S, 6>(scores, width, keys, top, total);
-    }
+VICINAL_INLINE void weigh_some(int64_t rows, const Columns<S>& columns, const TailRows& of_tail, float* scores, float* top,
+                               float* total) {
+#define VICINAL_CALL(T) weigh<S, T>(columns, of_tail, scores, top, total)
+    VICINAL_FOR_ROWS(rows, VICINAL_CALL)
+#undef VICINAL_CALL
 }
 
 VICINAL_INLINE void write_lse(const DensePlaces& places, int64_t queries, const float* top, float* total) {
@@ -369,7 +451,7 @@ void dense_forward(const DenseJob& job, int64_t begin, int64_t end, const Worksp
     const int64_t key_padded = round_up(job.query.dim, W), value_padded = round_up(job.value.dim, W);
     const int64_t widest = round_up(job.most_keys, W), longest = most(key_padded, value_padded);
     const int64_t floats = job.query.dim * widest + widest * value_padded + ROWS * (key_padded + widest + value_padded) +
-                           (W + 1) * longest + 2 * (job.most_queries + W);
+                           (W + 3) * longest + 2 * (job.most_queries + W);
     const int64_t places = 3 * job.most_queries + 2 * job.most_keys;
     Arena arena{static_cast<char*>(workspace.get(DENSE_ROOM, 64 + floats * 4 + places * 8 + 64 * 16)) + 64};
     float* keys = arena.take<float>(job.query.dim * widest);
@@ -379,6 +461,7 @@ void dense_forward(const DenseJob& job, int64_t begin, int64_t end, const Worksp
     float* sums = arena.take<float>(ROWS * value_padded);
     float* rows = arena.take<float>(W * longest);
     float* zeros = arena.take<float>(longest);
+    float* tail_keys = arena.take<float>(Columns<S>::MOST_TAIL * key_padded);
     float* top = arena.take<float>(job.most_queries + W);
     float* total = arena.take<float>(job.most_queries + W);
     for (int64_t i = 0; i < longest; ++i) zeros[i] = 0.0f;
@@ -394,25 +477,27 @@ void dense_forward(const DenseJob& job, int64_t begin, int64_t end, const Worksp
     each_piece(job, begin, end, [&](const Piece& piece, bool has_new_shape, const Piece* next) {
         for (DensePlaces* at : {&query_at, &out_at, &lse_at}) go_to(*at, piece, has_new_shape, next, 1);
         for (DensePlaces* at : {&key_at, &value_at}) go_to(*at, piece, has_new_shape, next, job.shared);
-        const int64_t width = round_up(piece.keys, W);
-        gather_columns<S>(job.dtype, key_at, piece.keys, width, rows, zeros, keys);
+        const Columns<S> columns(piece.keys);
+        const int64_t width = columns.width;
+        gather_columns<S>(job.dtype, key_at, columns.full, width, rows, zeros, keys);
+        gather_rows<S>(job.dtype, key_at, {columns.full, columns.tail}, key_padded, 1.0f, tail_keys);
         gather_rows<S>(job.dtype, value_at, {0, piece.keys}, value_padded, 1.0f, values);
         const float* pairs = bias_of_pairs(job, piece, width, bias);
-        const int64_t shares = shares_of(piece.queries, ROWS);
-        for (int64_t i = 0; i < shares; ++i) {
-            const Share share = share_of(piece.queries, shares, i);
-            const Share of_keys = share_of(piece.keys, shares, i);
-            ask_for_share(key_at, bytes, of_keys);
-            ask_for_share(value_at, bytes, of_keys);
-            ask_for_share(query_at, bytes, share);
-            ask_for_share<true>(out_at, bytes, share);
+        const Shares shares(piece.queries, ROWS), of_keys(piece.keys, shares.count, 0);
+        Share share = shares.first(), some_keys = of_keys.first();
+        for (int64_t i = 0; i < shares.count; ++i, share = shares.after(share, i - 1), some_keys = of_keys.after(some_keys, i - 1)) {
+            const float* begin_at = pairs ? pairs + share.begin * width : nullptr;
             gather_rows<S>(job.dtype, query_at, share, key_padded, factor, queries);
-            multiply<S>({queries, key_padded, 1, keys, width, job.query.dim, pairs ? pairs + share.begin * width : nullptr,
-                         width, scores, width},
-                        share.size, width / W);
-            weigh_some<S>(scores, share.size, width, piece.keys, top + share.begin, total + share.begin);
+            ask_for_share(key_at, bytes, some_keys);
+            multiply<S>({queries, key_padded, 1, keys, width, job.query.dim, begin_at, width, scores, width}, share.size,
+                        columns.vectors);
+            ask_for_share(value_at, bytes, some_keys);
+            const TailRows of_tail{queries, tail_keys, key_padded, begin_at ? begin_at + columns.full : nullptr};
+            weigh_some<S>(share.size, columns, of_tail, scores, top + share.begin, total + share.begin);
+            ask_for_share(query_at, bytes, share);
             multiply<S>({scores, width, 1, values, value_padded, piece.keys, nullptr, 0, sums, value_padded}, share.size,
                         value_padded / W);
+            ask_for_share<true>(out_at, bytes, share);
             for (int64_t t = 0; t < share.size; ++t) {
                 const float weight = total[share.begin + t];
                 store_row<S>(job.dtype, job.out, out_at[share.begin + t], sums + t * value_padded,
@@ -425,28 +510,69 @@ void dense_forward(const DenseJob& job, int64_t begin, int64_t end, const Worksp
 
 // ---- backward
 
-// From scores to weights, and from gradients of weights to those of scores.
-template <class S>
-VICINAL_INLINE void differentiate(float* weights, float* grads, int64_t width, float lse, float row_sum) {
+// The gradients of weights' scores, for T rows: what comes in are scores and gradients of weights.
+template <class S, int T>
+VICINAL_APART void differentiate(const Columns<S>& columns, const TailRows& of_scores, const TailRows& of_grads,
+                                 const float* lse, const float* row_sums, float* weights, float* grads) {
     constexpr int W = S::LANES;
-    for (int64_t v = 0; v < width; v += W) {
-        const typename S::F weight = exp2_of<S>(S::sub(S::load(weights + v), S::all(lse)));
-        S::store(weights + v, weight);
-        S::store(grads + v, S::mul(weight, S::sub(S::load(grads + v), S::all(row_sum))));
+    using F = typename S::F;
+    const int64_t width = columns.width, end = columns.vectors * W;
+    F low[T], sum[T];
+    VICINAL_UNROLL
+    for (int t = 0; t < T; ++t) {
+        low[t] = S::all(lse[t]);
+        sum[t] = S::all(row_sums[t]);
+    }
+    for (int64_t v = 0; v < end; v += W) {
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            float *weight_at = weights + t * width + v, *grad_at = grads + t * width + v;
+            const F weight = exp2_of<S>(S::sub(S::load(weight_at), low[t]));
+            S::store(weight_at, weight);
+            S::store(grad_at, S::mul(weight, S::sub(S::load(grad_at), sum[t])));
+        }
+    }
+    alignas(64) float scores[W + T] = {}, changes[W + T] = {};
+    for (int64_t r = 0; r < columns.tail; ++r) {
+        multiply_by_row<S, T>(of_scores.rows, of_scores.keys + r * of_scores.padded, of_scores.padded, scores);
+        multiply_by_row<S, T>(of_grads.rows, of_grads.keys + r * of_grads.padded, of_grads.padded, changes);
+        if (of_scores.begin) {
+            VICINAL_UNROLL
+            for (int t = 0; t < T; ++t) scores[t] += of_scores.begin[t * width + r];
+        }
+        for (int t = 0; t < T; t += W) {
+            const F weight = exp2_of<S>(S::sub(S::load(scores + t), S::load(lse + t)));
+            S::store(scores + t, weight);
+            S::store(changes + t, S::mul(weight, S::sub(S::load(changes + t), S::load(row_sums + t))));
+        }
+        VICINAL_UNROLL
+        for (int t = 0; t < T; ++t) {
+            weights[t * width + columns.full + r] = scores[t];
+            grads[t * width + columns.full + r] = changes[t];
+        }
     }
 }
 
-// to[row] (+)= sum over i < count of left[i * width + row] * right[i * padded ...], for all rows.
 template <class S>
+VICINAL_INLINE void differentiate_some(int64_t rows, const Columns<S>& columns, const TailRows& of_scores,
+                                       const TailRows& of_grads, const float* lse, const float* row_sums, float* weights,
+                                       float* grads) {
+#define VICINAL_CALL(T) differentiate<S, T>(columns, of_scores, of_grads, lse, row_sums, weights, grads)
+    VICINAL_FOR_ROWS(rows, VICINAL_CALL)
+#undef VICINAL_CALL
+}
+
+// to[row] (+)= sum over i < count of left[i * width + row] * right[i * padded ...], for all rows; before(share) is called
+// before each share of them.
+template <class S, class Before>
 VICINAL_INLINE void multiply_transposed(const float* left, int64_t width, const float* right, int64_t padded, int64_t count,
-                                        int64_t rows, bool adds, float* to) {
-    const int64_t shares = shares_of(rows, Registers<S>::ROWS);
-    for (int64_t i = 0; i < shares; ++i) {
-        const Share share = share_of(rows, shares, i);
+                                        int64_t rows, bool adds, float* to, const Before& before) {
+    Shares(rows, Registers<S>::ROWS).each([&](Share share) VICINAL_LAMBDA {
+        before(share);
         float* out = to + share.begin * padded;
         multiply<S>({left + share.begin, 1, width, right, padded, count, adds ? out : nullptr, padded, out, padded},
                     share.size, padded / S::LANES);
-    }
+    });
 }
 
 template <class S>
@@ -483,7 +609,7 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
     const int64_t most_queries = job.most_queries, most_keys = job.most_keys;
     const int64_t floats = (job.query.dim + job.value.dim) * widest + (2 * most_keys + most_queries) * key_padded +
                            (most_keys + most_queries) * value_padded + 2 * most_queries * widest + ROWS * key_padded +
-                           2 * value_padded + (W + 1) * longest;
+                           2 * value_padded + (W + 5) * longest;
     Arena arena{static_cast<char*>(workspace.get(DENSE_ROOM, 64 + floats * 4 + (6 * most_queries + 4 * most_keys) * 8 + 64 * 24)) + 64};
     float* keys = arena.take<float>(job.query.dim * widest);     // [channel][key]
     float* values = arena.take<float>(job.value.dim * widest);
@@ -498,6 +624,9 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
     float* out = arena.take<float>(value_padded);
     float* rows = arena.take<float>(W * longest);
     float* zeros = arena.take<float>(longest);
+    float* tail_keys = arena.take<float>(Columns<S>::MOST_TAIL * key_padded);
+    float* tail_values = arena.take<float>(Columns<S>::MOST_TAIL * value_padded);
+    alignas(64) float lows[ROWS + W] = {}, row_sums[ROWS + W] = {};
     for (int64_t i = 0; i < longest; ++i) zeros[i] = 0.0f;
     DensePlaces query_at{job.query, false, arena.take<int64_t>(most_queries)};
     DensePlaces out_at{job.out, false, arena.take<int64_t>(most_queries)};
@@ -520,12 +649,15 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
     const float* lse = reinterpret_cast<const float*>(job.lse.data);
     const float* grad_lse = reinterpret_cast<const float*>(job.grad_lse.data);
     each_piece(job, begin, end, [&](const Piece& own, bool has_new_shape, const Piece* next) {
-        const int64_t width = round_up(own.keys, W), queries_here = own.queries, keys_here = own.keys;
+        const Columns<S> columns(own.keys);
+        const int64_t width = columns.width, queries_here = own.queries, keys_here = own.keys;
         for (DensePlaces* at : {&key_at, &value_at, &grad_key_at, &grad_value_at}) go_to(*at, own, has_new_shape, next, 1);
         if (has_new_shape && grad_bias && grad_pairs.head >= 0)
             add_to_table(job, grad_pairs, round_up(grad_pairs.piece.keys, W), grad_bias);
-        gather_columns<S>(job.dtype, key_at, keys_here, width, rows, zeros, keys);
-        gather_columns<S>(job.dtype, value_at, keys_here, width, rows, zeros, values);
+        gather_columns<S>(job.dtype, key_at, columns.full, width, rows, zeros, keys);
+        gather_columns<S>(job.dtype, value_at, columns.full, width, rows, zeros, values);
+        gather_rows<S>(job.dtype, key_at, {columns.full, columns.tail}, key_padded, 1.0f, tail_keys);
+        gather_rows<S>(job.dtype, value_at, {columns.full, columns.tail}, value_padded, 1.0f, tail_values);
         if (job.grad_query.data) gather_rows<S>(job.dtype, key_at, {0, keys_here}, key_padded, 1.0f, key_rows);
         for (int64_t s = 0; s < job.shared; ++s) {
             Piece piece = own, following;
@@ -540,34 +672,35 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
             gather_rows<S>(job.dtype, query_at, {0, queries_here}, key_padded, factor, queries);
             gather_rows<S>(job.dtype, grad_out_at, {0, queries_here}, value_padded, 1.0f, grads);
             const float* pairs = bias_of_pairs(job, piece, width, bias);
-            const int64_t shares = shares_of(queries_here, ROWS);
-            for (int64_t i = 0; i < shares; ++i) {
-                const Share share = share_of(queries_here, shares, i);
-                for (const DensePlaces* at : {&query_at, &out_at, &grad_out_at}) ask_for_share(*at, bytes, share);
-                ask_for_share<true>(grad_query_at, bytes, share);
-                const Share of_keys = share_of(keys_here, shares, i);
-                for (const DensePlaces* at : {&key_at, &value_at}) ask_for_share(*at, bytes, of_keys);
-                for (const DensePlaces* at : {&grad_key_at, &grad_value_at}) ask_for_share<true>(*at, bytes, of_keys);
-                float* own_weights = weights + share.begin * width;
-                float* own_changes = changes + share.begin * width;
-                multiply<S>({queries + share.begin * key_padded, key_padded, 1, keys, width, job.query.dim,
-                             pairs ? pairs + share.begin * width : nullptr, width, own_weights, width},
-                            share.size, width / W);
-                multiply<S>({grads + share.begin * value_padded, value_padded, 1, values, width, job.value.dim, nullptr, 0,
-                             own_changes, width},
-                            share.size, width / W);
+            const Shares shares(queries_here, ROWS), of_keys(keys_here, shares.count, 0);
+            Share share = shares.first(), some_keys = of_keys.first();
+            for (int64_t i = 0; i < shares.count; ++i, share = shares.after(share, i - 1), some_keys = of_keys.after(some_keys, i - 1)) {
+                const float *own_queries = queries + share.begin * key_padded, *own_grads = grads + share.begin * value_padded;
+                const float* begin_at = pairs ? pairs + share.begin * width : nullptr;
+                float *own_weights = weights + share.begin * width, *own_changes = changes + share.begin * width;
+                ask_for_share(query_at, bytes, share);
+                multiply<S>({own_queries, key_padded, 1, keys, width, job.query.dim, begin_at, width, own_weights, width},
+                            share.size, columns.vectors);
+                ask_for_share(grad_out_at, bytes, share);
+                multiply<S>({own_grads, value_padded, 1, values, width, job.value.dim, nullptr, 0, own_changes, width},
+                            share.size, columns.vectors);
+                ask_for_share(out_at, bytes, share);
                 for (int64_t t = 0; t < share.size; ++t) {
                     const int64_t query = share.begin + t;
-                    const float of_query = lse[lse_at[query]];
                     gather_rows<S>(job.dtype, out_at, {query, 1}, value_padded, 1.0f, out);
                     typename S::F products = S::zero();
                     for (int64_t d = 0; d < value_padded; d += W)
-                        products = S::fma(S::load(out + d), S::load(grads + query * value_padded + d), products);
-                    const float row_sum = S::sum(products) - (grad_lse ? grad_lse[grad_lse_at[query]] : 0.0f);
-                    differentiate<S>(own_weights + t * width, own_changes + t * width, width,
-                                     of_query == -INFINITY ? 0.0f : of_query * LOG2_E, row_sum);
+                        products = S::fma(S::load(out + d), S::load(own_grads + t * value_padded + d), products);
+                    row_sums[t] = S::sum(products) - (grad_lse ? grad_lse[grad_lse_at[query]] : 0.0f);
+                    const float of_query = lse[lse_at[query]];
+                    lows[t] = of_query == -INFINITY ? 0.0f : of_query * LOG2_E;
                 }
+                const TailRows of_scores{own_queries, tail_keys, key_padded, begin_at ? begin_at + columns.full : nullptr};
+                const TailRows of_grads{own_grads, tail_values, value_padded, nullptr};
+                differentiate_some<S>(share.size, columns, of_scores, of_grads, lows, row_sums, own_weights, own_changes);
+                ask_for_share(key_at, bytes, some_keys);
                 if (!job.grad_query.data) continue;
+                ask_for_share<true>(grad_query_at, bytes, share);
                 multiply<S>({own_changes, width, 1, key_rows, key_padded, keys_here, nullptr, 0, sums, key_padded},
                             share.size, key_padded / W);
                 for (int64_t t = 0; t < share.size; ++t)
@@ -575,9 +708,14 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
             }
             if (grad_bias) add_pairs<S>(piece, width, changes, grad_pairs);
             if (job.grad_value.data)
-                multiply_transposed<S>(weights, width, grads, value_padded, queries_here, keys_here, s > 0, grad_values);
+                multiply_transposed<S>(weights, width, grads, value_padded, queries_here, keys_here, s > 0, grad_values,
+                                       [&](Share share) VICINAL_LAMBDA {
+                                           ask_for_share(value_at, bytes, share);
+                                           ask_for_share<true>(grad_value_at, bytes, share);
+                                       });
             if (job.grad_key.data)
-                multiply_transposed<S>(changes, width, queries, key_padded, queries_here, keys_here, s > 0, grad_keys);
+                multiply_transposed<S>(changes, width, queries, key_padded, queries_here, keys_here, s > 0, grad_keys,
+                                       [&](Share share) VICINAL_LAMBDA { ask_for_share<true>(grad_key_at, bytes, share); });
         }
         scatter_rows<S>(job.dtype, grad_value_at, keys_here, value_padded, grad_values, 1.0f);
         scatter_rows<S>(job.dtype, grad_key_at, keys_here, key_padded, grad_keys, LN_2);  // queries were times log2(e)
