@@ -3,6 +3,7 @@
 #include "dense.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "problem.h"
@@ -27,6 +28,8 @@ struct Runs {
     std::vector<int64_t> bias_begin;
     bool is_closed;  // every key is seen from one run
     int64_t most_queries = 0, most_keys = 0;
+    int32_t shapes = 0;
+    std::vector<int64_t> bias_of_shape;  // where the first run of a shape has its places
 };
 
 bool has_shape_of(const Runs& all, size_t i, size_t j) {
@@ -66,7 +69,9 @@ bool find_runs(const AxisTable& table, int64_t bias_length, bool takes_bias, Run
     for (size_t i = 0; i < to.runs.size(); ++i) {
         size_t first = 0;
         while (!has_shape_of(to, first, i)) ++first;
-        to.runs[i].shape = static_cast<int32_t>(first);
+        const bool is_new = first == i;
+        if (is_new) to.bias_of_shape.push_back(to.bias_begin[i]);
+        to.runs[i].shape = is_new ? to.shapes++ : to.runs[first].shape;
     }
     if (takes_bias)  // pieces of one shape follow each other, so that its bias is written out once
         std::stable_sort(to.runs.begin(), to.runs.end(), [](const DenseRun& a, const DenseRun& b) { return a.shape < b.shape; });
@@ -119,18 +124,21 @@ bool find_groups(const Problem& problem, size_t number, bool is_backward, Work& 
     return true;
 }
 
+std::atomic<int64_t> serials{1};
+
+// The bias of all pairs of groups of every shape and head stays in the second-level cache up to this size.
+constexpr int64_t MOST_SLOT_BYTES = 1 << 20;
+
 void fill_job(const Problem& problem, const Group& group, bool is_backward, Work& work) {
     const vicinal_call& call = problem.call;
     DenseJob& job = work.job;
     for (int a = 0; a < AXES; ++a) {
         Runs& runs = work.runs[a];
-        if (!runs.bias.empty()) {
-            // runs were sorted by shape: each takes the places of the first of its shape
-            for (DenseRun& run : runs.runs) run.bias = runs.bias.data() + runs.bias_begin[run.shape];
-            job.heads_first = true;
-        }
+        if (!runs.bias.empty())
+            for (DenseRun& run : runs.runs) run.bias = runs.bias.data() + runs.bias_of_shape[run.shape];
         job.runs[a] = runs.runs.data();
         job.num_runs[a] = static_cast<int32_t>(runs.runs.size());
+        job.num_shapes[a] = runs.shapes;
         job.bias_length[a] = static_cast<int32_t>(group.bias_length[a]);
     }
     job.dtype = call.dtype;
@@ -139,6 +147,10 @@ void fill_job(const Problem& problem, const Group& group, bool is_backward, Work
     job.heads = is_backward ? group.heads / job.shared : group.heads;
     job.first_head = is_backward ? group.first_head / job.shared : group.first_head;
     job.scale = static_cast<float>(call.scale);
+    job.serial = serials++;
+    const int64_t slots = int64_t(job.num_shapes[0]) * job.num_shapes[1] * job.num_shapes[2] * job.heads;
+    job.heads_first = problem.bias && slots * job.most_queries * (job.most_keys + 16) * 4 > MOST_SLOT_BYTES;
+    job.pair_slots = job.heads_first ? 1 : slots;
     if (problem.bias && group.takes_bias) job.bias = static_cast<const float*>(problem.bias) + group.bias_begin;
     job.query = operand_of(problem.query, call.head_dim);
     job.key = operand_of(problem.key, call.head_dim);
@@ -181,26 +193,30 @@ void run_shares(const Problem& problem, const Work& work, const Run& run) {
 
 void* get_memory(int slot, size_t bytes) { return workspace(slot, bytes); }
 
-// A head's pieces are cut into a number of shares that no number of threads changes, each with a table of its own.
+// Pieces are cut into a number of shares that no number of threads changes, each with tables of its own.
 void backward_with_bias(const Problem& problem, const Work& work, const DenseKernels* kernels, const Workspace& memory,
                         float* to) {
     constexpr int64_t SHARES = 8;
     const DenseJob& job = work.job;
-    const int64_t size = int64_t(job.bias_length[0]) * job.bias_length[1] * job.bias_length[2];
-    const int64_t pieces = job.groups * job.samples, shares = std::min(SHARES, pieces);
-    std::vector<float> tables(size * shares * job.heads, 0.0f);
-    parallel_for(shares * job.heads, problem.call.threads, [&](int64_t index) {
-        const int64_t head = index / shares, share = index % shares, first = head * pieces;
+    const int64_t size = int64_t(job.bias_length[0]) * job.bias_length[1] * job.bias_length[2], room = size + kernels->lanes;
+    const int64_t lots = job.heads_first ? job.heads : 1;  // each lot has pieces of its own heads
+    const int64_t pieces = work.pieces() / lots, shares = std::min(SHARES, pieces);
+    std::vector<float> tables(shares * job.heads * room, 0.0f);
+    parallel_for(shares * lots, problem.call.threads, [&](int64_t index) {
+        const int64_t share = index % shares, first = index / shares * pieces;
         kernels->backward(job, first + pieces * share / shares, first + pieces * (share + 1) / shares,
-                          tables.data() + index * size, memory);
+                          tables.data() + share * job.heads * room, memory);
     });
     for (int64_t head = 0; head < job.heads; ++head)
         for (int64_t i = 0; i < size; ++i) {
             float sum = 0.0f;
-            for (int64_t share = 0; share < shares; ++share) sum += tables[(head * shares + share) * size + i];
+            for (int64_t share = 0; share < shares; ++share) sum += tables[(share * job.heads + head) * room + i];
             to[head * size + i] = sum;
         }
 }
+
+// Fewer keep few threads busy; tiles are smaller than groups.
+constexpr int64_t LEAST_PIECES = 4;
 
 }  // namespace
 
@@ -208,8 +224,9 @@ bool dense_takes(const Problem& problem, bool is_backward) { return !all_work(pr
 
 bool dense_suits(const Problem& problem, bool is_backward) {
     const std::vector<Work> all = all_work(problem, is_backward);
-    if (all.empty()) return false;
-    return true;
+    int64_t pieces = 0;
+    for (const Work& work : all) pieces += work.pieces();
+    return pieces >= LEAST_PIECES;
 }
 
 void dense_forward(const Problem& problem) {

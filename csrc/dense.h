@@ -19,7 +19,7 @@ constexpr int64_t DENSE_MOST_TOKENS = 256;  // queries or keys of a group
 // A group's queries and keys on one axis: `queries` of them from coordinate `query` on, `step` apart, and so the keys.
 struct DenseRun {
     int32_t query, queries, key, keys, step;
-    int32_t shape;        // the same where sizes, step and bias places are
+    int32_t shape;        // of few: the same where sizes, step and bias places are
     const int32_t* bias;  // [queries]: where the first key reads the bias; null where there is none
 };
 
@@ -27,11 +27,13 @@ struct DenseRun {
 struct DenseJob {
     int64_t dtype;
     const DenseRun* runs[3];
-    int32_t num_runs[3];
+    int32_t num_runs[3], num_shapes[3];
     int64_t groups, samples, heads, first_head;          // heads of queries; in the backward of keys
     int64_t shared;                                      // query heads of a key head
     int64_t most_queries, most_keys;                     // of a group
     bool heads_first;                                    // pieces of one head follow each other, and of one shape
+    int64_t pair_slots;                                  // for numbers of all pairs: 1, or shapes times heads
+    int64_t serial;                                      // tells calls apart, for what threads remember
     float scale;
     const float* bias;  // [heads, *bias_length], null where there is none
     int32_t bias_length[3];
@@ -41,7 +43,7 @@ struct DenseJob {
 struct DenseKernels {
     int lanes;
     void (*forward)(const DenseJob& job, int64_t begin, int64_t end, const Workspace& workspace);
-    // grad_bias: a table [*bias_length] of the one head that these pieces are of, added to; or null
+    // grad_bias: tables [heads][*bias_length and LANES numbers of room] to add to; or null
     void (*backward)(const DenseJob& job, int64_t begin, int64_t end, float* grad_bias, const Workspace& workspace);
 };
 

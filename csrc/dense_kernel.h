@@ -12,7 +12,7 @@
 namespace vicinal {
 namespace {
 
-enum DenseSlot { DENSE_ROOM = 8, DENSE_BIAS };
+enum DenseSlot { DENSE_ROOM = 8, DENSE_BIAS, DENSE_SUMS };
 
 // ---- products
 
@@ -258,42 +258,170 @@ VICINAL_INLINE void gather_columns(int64_t dtype, const DensePlaces& places, int
 
 // ---- bias
 
-// Calls function(query, key, place in the table of a head) for all pairs of a group.
-template <class Function>
-VICINAL_INLINE void each_bias(const DenseJob& job, const Piece& piece, const Function& function) {
-    const DenseRun *a = piece.run[0], *b = piece.run[1], *c = piece.run[2];
-    int64_t query = 0;
-    for (int32_t qa = 0; qa < a->queries; ++qa)
-        for (int32_t qb = 0; qb < b->queries; ++qb)
-            for (int32_t qc = 0; qc < c->queries; ++qc, ++query) {
-                int64_t key = 0;
-                for (int32_t ka = 0; ka < a->keys; ++ka)
-                    for (int32_t kb = 0; kb < b->keys; ++kb) {
-                        const int64_t row = (a->bias[qa] + ka) * job.bias_length[1] + b->bias[qb] + kb;
-                        const int64_t first = row * job.bias_length[2] + c->bias[qc];
-                        for (int32_t kc = 0; kc < c->keys; ++kc, ++key) function(query, key, first + kc);
-                    }
-            }
-}
-
-// What a thread has written out last: the bias of every pair of a group, or the sums of its gradient.
-struct WrittenOut {
-    int64_t head = -1;
-    Piece piece;
-    float* pairs;  // [queries][width]
+// Numbers of all pairs of a group: the bias, or sums of its gradient. A slot for each shape of groups and head where that
+// is little memory, so that heads may take turns; else one, which is written anew when shape or head change.
+struct PairSlots {
+    struct Note {
+        int64_t head, shape;
+    };
+    int64_t floats;  // of a slot
+    int64_t slots;
+    Note* notes;     // whose numbers a slot holds; head -1: nobody's
+    float* pairs;
 };
 
-VICINAL_INLINE const float* bias_of_pairs(const DenseJob& job, const Piece& piece, int64_t width, WrittenOut& last) {
-    if (!job.bias) return nullptr;
-    if (last.head == piece.head && last.piece.has_shape_of(piece)) return last.pairs;
-    const float* table = job.bias + (piece.head - job.first_head) * job.bias_length[0] * job.bias_length[1] * job.bias_length[2];
-    for (int64_t i = 0; i < piece.queries * width; ++i) last.pairs[i] = 0.0f;
-    each_bias(job, piece, [&](int64_t query, int64_t key, int64_t place) VICINAL_LAMBDA {
-        last.pairs[query * width + key] = table[place] * LOG2_E;
-    });
-    last.head = piece.head;
-    last.piece = piece;
-    return last.pairs;
+VICINAL_INLINE int64_t slot_floats(const DenseJob& job, int lanes) {
+    return job.most_queries * round_up(job.most_keys, lanes) + lanes;  // rows are written beyond their ends
+}
+
+VICINAL_INLINE int64_t slots_bytes(const DenseJob& job, int lanes) {
+    return job.pair_slots * (static_cast<int64_t>(sizeof(PairSlots::Note)) + slot_floats(job, lanes) * 4) + 128;
+}
+
+VICINAL_INLINE PairSlots take_slots(const DenseJob& job, int lanes, Arena& arena) {
+    PairSlots to;
+    to.floats = slot_floats(job, lanes);
+    to.slots = job.pair_slots;
+    to.notes = arena.take<PairSlots::Note>(to.slots);
+    to.pairs = arena.take<float>(to.slots * to.floats);
+    return to;
+}
+
+VICINAL_INLINE void clear_notes(PairSlots& slots) {
+    for (int64_t i = 0; i < slots.slots; ++i) slots.notes[i].head = -1;
+}
+
+VICINAL_INLINE int64_t shape_of(const DenseJob& job, const Piece& piece) {
+    return (piece.run[0]->shape * job.num_shapes[1] + piece.run[1]->shape) * static_cast<int64_t>(job.num_shapes[2]) +
+           piece.run[2]->shape;
+}
+
+VICINAL_INLINE int64_t slot_of(const DenseJob& job, const Piece& piece) {
+    return job.pair_slots == 1 ? 0 : shape_of(job, piece) * job.heads + piece.head - job.first_head;
+}
+
+VICINAL_INLINE int64_t bias_size(const DenseJob& job) {
+    return static_cast<int64_t>(job.bias_length[0]) * job.bias_length[1] * job.bias_length[2];
+}
+
+// Where the first key of a row of keys reads the bias of a query.
+VICINAL_INLINE int64_t bias_place(const DenseJob& job, const Piece& piece, const int64_t* query, int64_t plane, int64_t row) {
+    const int64_t at = (piece.run[0]->bias[query[0]] + plane) * job.bias_length[1] + piece.run[1]->bias[query[1]] + row;
+    return at * job.bias_length[2] + piece.run[2]->bias[query[2]];
+}
+
+// The tables of all heads times log2(e), with room to read over their ends, and what was written out of them. Kept by the
+// thread for all its work of one call.
+struct ThreadBias {
+    const float* tables = nullptr;
+    int64_t table_floats;
+    PairSlots slots;
+};
+
+template <class S>
+VICINAL_INLINE ThreadBias take_bias(const DenseJob& job, const Workspace& workspace) {
+    ThreadBias bias;
+    if (!job.bias) return bias;
+    const int64_t size = bias_size(job);
+    bias.table_floats = size + S::LANES;
+    char* memory = static_cast<char*>(
+        workspace.get(DENSE_BIAS, 64 + 64 + bias.table_floats * job.heads * 4 + slots_bytes(job, S::LANES)));
+    int64_t* serial = reinterpret_cast<int64_t*>(memory);
+    Arena arena{memory + 64};
+    float* tables = arena.take<float>(bias.table_floats * job.heads);
+    bias.tables = tables;
+    bias.slots = take_slots(job, S::LANES, arena);
+    if (*serial == job.serial) return bias;
+    *serial = job.serial;
+    clear_notes(bias.slots);
+    for (int64_t head = 0; head < job.heads; ++head)
+        for (int64_t i = 0; i < bias.table_floats; ++i)
+            tables[head * bias.table_floats + i] = i < size ? job.bias[head * size + i] * LOG2_E : 0.0f;
+    return bias;
+}
+
+// The bias of a group's pairs, [query][width]; null where there is none.
+template <class S>
+VICINAL_APART const float* bias_of_pairs(const DenseJob& job, const Piece& piece, int64_t width, const ThreadBias& bias) {
+    if (!bias.tables) return nullptr;
+    const int64_t slot = slot_of(job, piece), shape = shape_of(job, piece);
+    float* pairs = bias.slots.pairs + slot * bias.slots.floats;
+    PairSlots::Note& note = bias.slots.notes[slot];
+    if (note.head == piece.head && note.shape == shape) return pairs;
+    note = {piece.head, shape};
+    const float* table = bias.tables + (piece.head - job.first_head) * bias.table_floats;
+    const DenseRun *a = piece.run[0], *b = piece.run[1], *c = piece.run[2];
+    int64_t query[3];
+    float* to = pairs;
+    for (query[0] = 0; query[0] < a->queries; ++query[0])
+        for (query[1] = 0; query[1] < b->queries; ++query[1])
+            for (query[2] = 0; query[2] < c->queries; ++query[2], to += width) {
+                float* row = to;
+                for (int64_t plane = 0; plane < a->keys; ++plane)
+                    for (int64_t key_row = 0; key_row < b->keys; ++key_row, row += c->keys) {
+                        // beyond the row's end stands what is written next
+                        const float* from = table + bias_place(job, piece, query, plane, key_row);
+                        for (int64_t i = 0; i < c->keys; i += S::LANES) S::store(row + i, S::load(from + i));
+                    }
+            }
+    return pairs;
+}
+
+// Adds a group's pairs to a head's table, which has room beyond its end.
+template <class S>
+VICINAL_APART void add_to_table(const DenseJob& job, const Piece& piece, int64_t width, const float* pairs, float* table) {
+    constexpr int W = S::LANES;
+    const DenseRun *a = piece.run[0], *b = piece.run[1], *c = piece.run[2];
+    const int64_t keys = c->keys;
+    int64_t query[3];
+    for (int64_t plane = 0; plane < a->keys; ++plane)
+        for (int64_t key_row = 0; key_row < b->keys; ++key_row) {
+            const float* from = pairs + (plane * b->keys + key_row) * keys;
+            for (query[0] = 0; query[0] < a->queries; ++query[0])
+                for (query[2] = 0; query[2] < c->queries; ++query[2])
+                    for (query[1] = 0; query[1] < b->queries; ++query[1]) {  // neighbors in turn read other rows of the table
+                        const int64_t row = (query[0] * b->queries + query[1]) * c->queries + query[2];
+                        float* to = table + bias_place(job, piece, query, plane, key_row);
+                        for (int64_t i = 0; i < keys; i += W) {
+                            const uint32_t bits = keys - i < W ? (1u << (keys - i)) - 1 : (W < 32 ? (1u << W) - 1 : ~0u);
+                            const typename S::F sum = S::select(bits, S::load(from + row * width + i), S::zero());
+                            S::store(to + i, S::add(S::load(to + i), sum));
+                        }
+                    }
+        }
+}
+
+// Sums of gradients of scores on their way to the tables of all heads.
+struct GradientSums {
+    PairSlots slots;
+    Piece* pieces;  // for each slot one of its shape
+    float* tables;
+    int64_t table_floats;
+};
+
+template <class S>
+VICINAL_INLINE void empty_slot(const DenseJob& job, GradientSums& sums, int64_t slot) {
+    PairSlots::Note& note = sums.slots.notes[slot];
+    if (note.head < 0) return;
+    const Piece& piece = sums.pieces[slot];
+    add_to_table<S>(job, piece, round_up(piece.keys, S::LANES), sums.slots.pairs + slot * sums.slots.floats,
+                    sums.tables + (note.head - job.first_head) * sums.table_floats);
+    note.head = -1;
+}
+
+template <class S>
+VICINAL_INLINE void add_pairs(const DenseJob& job, const Piece& piece, int64_t width, const float* grads, GradientSums& sums) {
+    const int64_t slot = slot_of(job, piece), shape = shape_of(job, piece);
+    PairSlots::Note& note = sums.slots.notes[slot];
+    if (note.head != piece.head || note.shape != shape) empty_slot<S>(job, sums, slot);
+    const bool is_fresh = note.head < 0;
+    float* to = sums.slots.pairs + slot * sums.slots.floats;
+    for (int64_t i = 0; i < piece.queries * width; i += S::LANES) {
+        const typename S::F grad = S::load(grads + i);
+        S::store(to + i, is_fresh ? grad : S::add(S::load(to + i), grad));
+    }
+    note = {piece.head, shape};
+    sums.pieces[slot] = piece;
 }
 
 // How the keys of a group fill vectors. A last vector with one or two keys in it (7x7 is 49) costs as much as a full one:
@@ -470,8 +598,7 @@ void dense_forward(const DenseJob& job, int64_t begin, int64_t end, const Worksp
     DensePlaces lse_at{job.lse, false, arena.take<int64_t>(job.most_queries)};
     DensePlaces key_at{job.key, true, arena.take<int64_t>(job.most_keys)};
     DensePlaces value_at{job.value, true, arena.take<int64_t>(job.most_keys)};
-    WrittenOut bias;
-    if (job.bias) bias.pairs = static_cast<float*>(workspace.get(DENSE_BIAS, 64 + job.most_queries * widest * 4 + 64)) + 16;
+    const ThreadBias bias = take_bias<S>(job, workspace);
     const int64_t bytes = bytes_of(job.dtype);
     const float factor = job.scale * LOG2_E;
     each_piece(job, begin, end, [&](const Piece& piece, bool has_new_shape, const Piece* next) {
@@ -482,7 +609,7 @@ void dense_forward(const DenseJob& job, int64_t begin, int64_t end, const Worksp
         gather_columns<S>(job.dtype, key_at, columns.full, width, rows, zeros, keys);
         gather_rows<S>(job.dtype, key_at, {columns.full, columns.tail}, key_padded, 1.0f, tail_keys);
         gather_rows<S>(job.dtype, value_at, {0, piece.keys}, value_padded, 1.0f, values);
-        const float* pairs = bias_of_pairs(job, piece, width, bias);
+        const float* pairs = bias_of_pairs<S>(job, piece, width, bias);
         const Shares shares(piece.queries, ROWS), of_keys(piece.keys, shares.count, 0);
         Share share = shares.first(), some_keys = of_keys.first();
         for (int64_t i = 0; i < shares.count; ++i, share = shares.after(share, i - 1), some_keys = of_keys.after(some_keys, i - 1)) {
@@ -581,26 +708,6 @@ VICINAL_INLINE void scatter_rows(int64_t dtype, const DensePlaces& places, int64
     for (int64_t i = 0; i < tokens; ++i) store_row<S>(dtype, places.operand, places[i], from + i * padded, factor);
 }
 
-// Sums of the gradients of scores, pair by pair, go to the table when another shape or the end comes.
-VICINAL_INLINE void add_to_table(const DenseJob& job, WrittenOut& sums, int64_t width, float* table) {
-    if (sums.head < 0) return;
-    each_bias(job, sums.piece, [&](int64_t query, int64_t key, int64_t place) VICINAL_LAMBDA {
-        table[place] += sums.pairs[query * width + key];
-    });
-    sums.head = -1;
-}
-
-template <class S>
-VICINAL_INLINE void add_pairs(const Piece& piece, int64_t width, const float* grads, WrittenOut& sums) {
-    const bool is_fresh = sums.head < 0;
-    for (int64_t i = 0; i < piece.queries * width; i += S::LANES) {
-        const typename S::F grad = S::load(grads + i);
-        S::store(sums.pairs + i, is_fresh ? grad : S::add(S::load(sums.pairs + i), grad));
-    }
-    sums.head = piece.head;
-    sums.piece = piece;
-}
-
 template <class S>
 void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad_bias, const Workspace& workspace) {
     constexpr int W = S::LANES, ROWS = Registers<S>::ROWS;
@@ -638,11 +745,16 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
     DensePlaces value_at{job.value, true, arena.take<int64_t>(most_keys)};
     DensePlaces grad_key_at{job.grad_key, true, arena.take<int64_t>(most_keys)};
     DensePlaces grad_value_at{job.grad_value, true, arena.take<int64_t>(most_keys)};
-    WrittenOut bias, grad_pairs;
-    if (job.bias) {
-        const int64_t pairs = most_queries * widest;
-        bias.pairs = static_cast<float*>(workspace.get(DENSE_BIAS, 64 + 2 * pairs * 4)) + 16;
-        grad_pairs.pairs = bias.pairs + pairs;
+    const ThreadBias bias = take_bias<S>(job, workspace);
+    GradientSums grad_sums;
+    if (grad_bias) {
+        const int64_t pieces_bytes = job.pair_slots * static_cast<int64_t>(sizeof(Piece)) + 64;
+        Arena more{static_cast<char*>(workspace.get(DENSE_SUMS, 64 + slots_bytes(job, W) + pieces_bytes)) + 64};
+        grad_sums.slots = take_slots(job, W, more);
+        grad_sums.pieces = more.take<Piece>(job.pair_slots);
+        grad_sums.tables = grad_bias;
+        grad_sums.table_floats = bias_size(job) + W;
+        clear_notes(grad_sums.slots);
     }
     const int64_t bytes = bytes_of(job.dtype);
     const float factor = job.scale * LOG2_E;
@@ -652,8 +764,6 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
         const Columns<S> columns(own.keys);
         const int64_t width = columns.width, queries_here = own.queries, keys_here = own.keys;
         for (DensePlaces* at : {&key_at, &value_at, &grad_key_at, &grad_value_at}) go_to(*at, own, has_new_shape, next, 1);
-        if (has_new_shape && grad_bias && grad_pairs.head >= 0)
-            add_to_table(job, grad_pairs, round_up(grad_pairs.piece.keys, W), grad_bias);
         gather_columns<S>(job.dtype, key_at, columns.full, width, rows, zeros, keys);
         gather_columns<S>(job.dtype, value_at, columns.full, width, rows, zeros, values);
         gather_rows<S>(job.dtype, key_at, {columns.full, columns.tail}, key_padded, 1.0f, tail_keys);
@@ -671,7 +781,7 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
                 go_to(*at, piece, has_new_shape && s == 0, then, 1);
             gather_rows<S>(job.dtype, query_at, {0, queries_here}, key_padded, factor, queries);
             gather_rows<S>(job.dtype, grad_out_at, {0, queries_here}, value_padded, 1.0f, grads);
-            const float* pairs = bias_of_pairs(job, piece, width, bias);
+            const float* pairs = bias_of_pairs<S>(job, piece, width, bias);
             const Shares shares(queries_here, ROWS), of_keys(keys_here, shares.count, 0);
             Share share = shares.first(), some_keys = of_keys.first();
             for (int64_t i = 0; i < shares.count; ++i, share = shares.after(share, i - 1), some_keys = of_keys.after(some_keys, i - 1)) {
@@ -706,7 +816,7 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
                 for (int64_t t = 0; t < share.size; ++t)
                     store_row<S>(job.dtype, job.grad_query, grad_query_at[share.begin + t], sums + t * key_padded, job.scale);
             }
-            if (grad_bias) add_pairs<S>(piece, width, changes, grad_pairs);
+            if (grad_bias) add_pairs<S>(job, piece, width, changes, grad_sums);
             if (job.grad_value.data)
                 multiply_transposed<S>(weights, width, grads, value_padded, queries_here, keys_here, s > 0, grad_values,
                                        [&](Share share) VICINAL_LAMBDA {
@@ -720,7 +830,8 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
         scatter_rows<S>(job.dtype, grad_value_at, keys_here, value_padded, grad_values, 1.0f);
         scatter_rows<S>(job.dtype, grad_key_at, keys_here, key_padded, grad_keys, LN_2);  // queries were times log2(e)
     });
-    if (grad_bias && grad_pairs.head >= 0) add_to_table(job, grad_pairs, round_up(grad_pairs.piece.keys, W), grad_bias);
+    if (grad_bias)
+        for (int64_t slot = 0; slot < job.pair_slots; ++slot) empty_slot<S>(job, grad_sums, slot);
 }
 
 template <class S>
