@@ -215,7 +215,7 @@ void backward_with_bias(const Problem& problem, const Work& work, const DenseKer
         }
 }
 
-// Fewer keep few threads busy; tiles are smaller than groups.
+// Of one sample: fewer keep few threads busy, and tiles are smaller than groups.
 constexpr int64_t LEAST_PIECES = 4;
 
 }  // namespace
@@ -225,7 +225,7 @@ bool dense_takes(const Problem& problem, bool is_backward) { return !all_work(pr
 bool dense_suits(const Problem& problem, bool is_backward) {
     const std::vector<Work> all = all_work(problem, is_backward);
     int64_t pieces = 0;
-    for (const Work& work : all) pieces += work.pieces();
+    for (const Work& work : all) pieces += work.job.groups * work.job.heads;
     return pieces >= LEAST_PIECES;
 }
 
