@@ -218,6 +218,9 @@ void backward_with_bias(const Problem& problem, const Work& work, const DenseKer
 // Of one sample: fewer keep few threads busy, and tiles are smaller than groups.
 constexpr int64_t LEAST_PIECES = 4;
 
+// Keys are copied for each group that sees them.
+constexpr int64_t MOST_KEYS_PER_QUERY = 4;
+
 }  // namespace
 
 bool dense_takes(const Problem& problem, bool is_backward) { return !all_work(problem, is_backward).empty(); }
@@ -225,7 +228,17 @@ bool dense_takes(const Problem& problem, bool is_backward) { return !all_work(pr
 bool dense_suits(const Problem& problem, bool is_backward) {
     const std::vector<Work> all = all_work(problem, is_backward);
     int64_t pieces = 0;
-    for (const Work& work : all) pieces += work.job.groups * work.job.heads;
+    for (const Work& work : all) {
+        pieces += work.job.groups * work.job.heads;
+        int64_t queries = 1, keys = 1;
+        for (const Runs& runs : work.runs) {
+            int64_t own_queries = 0, own_keys = 0;
+            for (const DenseRun& run : runs.runs) own_queries += run.queries, own_keys += run.keys;
+            queries *= own_queries;
+            keys *= own_keys;
+        }
+        if (keys > MOST_KEYS_PER_QUERY * queries) return false;
+    }
     return pieces >= LEAST_PIECES;
 }
 

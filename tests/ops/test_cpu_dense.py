@@ -95,14 +95,14 @@ def test_groups_are_found_and_counted() -> None:
     assert group["blocks"] == 9  # 4, 7 and 3 tokens on each axis
     assert group["pairs"] == (4**2 + 7**2 + 3**2) ** 2
     assert group["waste"] >= 1
-    for pattern, grid in ((Near(7, dilation=2), (14, 14)), ((Same(), Full()), (14, 30)), (Full(), (7, 7))):
+    for pattern, grid in ((Near(7, dilation=2), (14, 14)), (Near(7, dilation=2), (15, 15)), ((Same(), Full()), (14, 30)), (Full(), (7, 7))):
         assert groups_of(pattern, grid, 4)[0]["strategy"] == "dense"
 
 
 def test_other_problems_go_to_tiles() -> None:
     for pattern, grid in (
-        (Near(7), (14, 14)),  # groups that share keys
-        (Near(7, dilation=2), (15, 15)),  # a residue class of eight tokens is wider than the window
+        (Near(7), (14, 14)),  # nearly every query sees other keys
+        (Near(7, dilation=2), (20, 20)),
         (Full(), (17, 17)),  # more keys than a group may have
         (heads(Window(7), Near(7)), (14, 14)),  # of two head groups, one
     ):

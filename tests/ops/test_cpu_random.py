@@ -29,7 +29,10 @@ DTYPES = (*(torch.float32,) * 7, torch.bfloat16, torch.bfloat16, torch.float16, 
 
 
 def chosen_strategy(rng: Random, problem: Problem, dtype: torch.dtype) -> str:
-    """Mostly tiles wherever they are a choice (or what is chosen, dense groups where there are such): not in float64, nor for short types where head groups share a key head."""
+    """Mostly tiles, or what is chosen, dense groups where there are some.
+
+    Tiles are no choice in float64, nor for short types where head groups share a key head.
+    """
     shares = isinstance(problem.pattern, Heads) or getattr(problem.pattern, "groups", ())[1:]
     if dtype == torch.float64 or (shares and dtype != torch.float32):
         return rng.choice(("auto", "simple"))
