@@ -10,7 +10,7 @@ import torch
 
 import vicinal
 from vicinal.ops.cpu import library
-from vicinal.pattern import Full, Grid, Near, Same, Window, heads
+from vicinal.pattern import Full, Grid, Near, Same, Window, heads, union
 
 from ..conftest import has_compiler
 from .conftest import Forced
@@ -114,7 +114,7 @@ def test_what_does_not_fall_into_groups_is_refused(forced: Forced) -> None:
     forced("dense")
     query = torch.zeros(1, 9, 1, 8)
     with pytest.raises(ValueError, match="strategy must not be dense where"):
-        vicinal.attention(query, query, query, Near(3), backend="cpu")
+        vicinal.attention(query, query, query, union(Near(3), Window(3)), backend="cpu")
     extra = torch.zeros(1, 2, 1, 8)
     with pytest.raises(ValueError, match="strategy must not be dense where"):
         vicinal.attention(query, query, query, Full(), extra_key=extra, extra_value=extra, backend="cpu")
