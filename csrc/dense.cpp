@@ -26,8 +26,7 @@ struct Runs {
     std::vector<DenseRun> runs;
     std::vector<int32_t> bias;  // of all runs
     std::vector<int64_t> bias_begin;
-    bool is_closed;  // every key is seen from one run
-    int64_t most_queries = 0, most_keys = 0;
+    int64_t most_queries = 0, most_keys = 0, all_keys = 0;
     int32_t shapes = 0;
     std::vector<int64_t> bias_of_shape;  // where the first run of a shape has its places
 };
@@ -40,12 +39,14 @@ bool has_shape_of(const Runs& all, size_t i, size_t j) {
     return std::equal(from + all.bias_begin[i], from + all.bias_begin[i] + a.queries, from + all.bias_begin[j]);
 }
 
-// False where the axis has queries that see nothing, or wraps.
+// Keys are copied for each group that sees them: so many for a query.
+constexpr int64_t MOST_KEYS_PER_QUERY = 4;
+
+// False where the axis has queries that see nothing, or wraps, or where groups are too large or share too many keys.
 bool find_runs(const AxisTable& table, int64_t bias_length, bool takes_bias, Runs& to) {
     if (table.wraps) return false;
     const int64_t step = table.step;
-    std::vector<bool> is_seen(table.length, false);
-    to.is_closed = true;
+    int64_t visited = 0;
     for (int64_t residue = 0; residue < std::min(step, table.queries); ++residue)
         for (int64_t query = residue; query < table.queries;) {
             const int32_t start = table.start[query], count = table.count[query];
@@ -57,15 +58,14 @@ bool find_runs(const AxisTable& table, int64_t bias_length, bool takes_bias, Run
                 if (takes_bias)
                     to.bias.push_back(static_cast<int32_t>((start - table.center[query]) / step + bias_length / 2));
             }
-            for (int64_t key = 0; key < count; ++key) {
-                to.is_closed = to.is_closed && !is_seen[start + step * key];
-                is_seen[start + step * key] = true;
-            }
             to.most_queries = std::max<int64_t>(to.most_queries, run.queries);
             to.most_keys = std::max<int64_t>(to.most_keys, run.keys);
+            to.all_keys += run.keys;
             to.runs.push_back(run);
+            visited += run.queries;
+            if (to.most_queries > DENSE_MOST_TOKENS || to.most_keys > DENSE_MOST_TOKENS) return false;
+            if (to.all_keys > MOST_KEYS_PER_QUERY * visited + DENSE_MOST_TOKENS) return false;
         }
-    to.is_closed = to.is_closed && std::find(is_seen.begin(), is_seen.end(), false) == is_seen.end();
     for (size_t i = 0; i < to.runs.size(); ++i) {
         size_t first = 0;
         while (!has_shape_of(to, first, i)) ++first;
@@ -75,6 +75,19 @@ bool find_runs(const AxisTable& table, int64_t bias_length, bool takes_bias, Run
     }
     if (takes_bias)  // pieces of one shape follow each other, so that its bias is written out once
         std::stable_sort(to.runs.begin(), to.runs.end(), [](const DenseRun& a, const DenseRun& b) { return a.shape < b.shape; });
+    return true;
+}
+
+// Whether every key of the axis is seen from one run.
+bool is_closed(const AxisTable& table, const Runs& runs) {
+    if (runs.all_keys != table.length) return false;
+    std::vector<bool> is_seen(table.length, false);
+    for (const DenseRun& run : runs.runs)
+        for (int64_t key = 0; key < run.keys; ++key) {
+            const int64_t at = run.key + table.step * key;
+            if (is_seen[at]) return false;
+            is_seen[at] = true;
+        }
     return true;
 }
 
@@ -115,7 +128,7 @@ bool find_groups(const Problem& problem, size_t number, bool is_backward, Work& 
         const AxisTable& table = members[0].axis[a];
         if (table.queries != problem.grid[a] || table.length != problem.key_grid[a]) return false;
         Runs& runs = work.runs[a];
-        if (!find_runs(table, group.bias_length[a], takes_bias, runs) || (is_backward && !runs.is_closed)) return false;
+        if (!find_runs(table, group.bias_length[a], takes_bias, runs) || (is_backward && !is_closed(table, runs))) return false;
         job.groups *= static_cast<int64_t>(runs.runs.size());
         job.most_queries *= runs.most_queries;
         job.most_keys *= runs.most_keys;
@@ -218,9 +231,6 @@ void backward_with_bias(const Problem& problem, const Work& work, const DenseKer
 // Of one sample: fewer keep few threads busy, and tiles are smaller than groups.
 constexpr int64_t LEAST_PIECES = 4;
 
-// Keys are copied for each group that sees them.
-constexpr int64_t MOST_KEYS_PER_QUERY = 4;
-
 }  // namespace
 
 bool dense_takes(const Problem& problem, bool is_backward) { return !all_work(problem, is_backward).empty(); }
@@ -231,11 +241,9 @@ bool dense_suits(const Problem& problem, bool is_backward) {
     for (const Work& work : all) {
         pieces += work.job.groups * work.job.heads;
         int64_t queries = 1, keys = 1;
-        for (const Runs& runs : work.runs) {
-            int64_t own_queries = 0, own_keys = 0;
-            for (const DenseRun& run : runs.runs) own_queries += run.queries, own_keys += run.keys;
-            queries *= own_queries;
-            keys *= own_keys;
+        for (int a = 0; a < AXES; ++a) {
+            queries *= problem.grid[a];
+            keys *= work.runs[a].all_keys;
         }
         if (keys > MOST_KEYS_PER_QUERY * queries) return false;
     }

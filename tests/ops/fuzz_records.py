@@ -38,6 +38,7 @@ CASES = (
     ((Near(3), Window(2, shift=1), Full()), (3, 4, 2), 2, True, 0),
     (union(Near(3), Near(3, dilation=2), Window(3)), (4, 5), 1, False, 2),
     (heads(Near(3, dilation=2, border="wrap"), Full()), (6, 4), 2, False, 1),
+    (Window(2, shift=1), (5, 4), 2, True, 0),
 )
 
 

@@ -95,7 +95,12 @@ def test_groups_are_found_and_counted() -> None:
     assert group["blocks"] == 9  # 4, 7 and 3 tokens on each axis
     assert group["pairs"] == (4**2 + 7**2 + 3**2) ** 2
     assert group["waste"] >= 1
-    for pattern, grid in ((Near(7, dilation=2), (14, 14)), (Near(7, dilation=2), (15, 15)), ((Same(), Full()), (14, 30)), (Full(), (7, 7))):
+    for pattern, grid in (
+        (Near(7, dilation=2), (14, 14)),
+        (Near(7, dilation=2), (15, 15)),
+        ((Same(), Full()), (14, 30)),
+        (Full(), (7, 7)),
+    ):
         assert groups_of(pattern, grid, 4)[0]["strategy"] == "dense"
 
 
