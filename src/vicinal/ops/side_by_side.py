@@ -65,8 +65,7 @@ def whole_of(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
         return None
     *grid, heads, dim = first.shape
     shape = (*grid, len(parts), heads, dim)
-    strides = _contiguous(shape)
-    expected = (*strides[:-3], *strides[-2:])
+    expected = strides_beside(first.shape, len(parts))
     address, size = first.data_ptr(), heads * dim * first.element_size()
     storage = first.untyped_storage().data_ptr()
     for place, part in enumerate(parts):
@@ -74,7 +73,18 @@ def whole_of(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
             return None
         if part.data_ptr() != address + place * size or part.untyped_storage().data_ptr() != storage:
             return None
-    return first.as_strided(shape, strides)
+    return first.as_strided(shape, _contiguous(shape))
+
+
+def strides_beside(shape: Sequence[int], parts: int) -> tuple[int, ...]:
+    """Strides of one of so many parts of that shape that lie side by side.
+
+    >>> strides_beside((1, 7, 4, 8), parts=3)
+    (672, 96, 8, 1)
+    """
+    *grid, heads, dim = shape
+    strides = _contiguous((*grid, parts, heads, dim))
+    return (*strides[:-3], *strides[-2:])
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:

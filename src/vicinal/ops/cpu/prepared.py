@@ -1,0 +1,287 @@
+"""Calls like one before, on the CPU: the record of the call is there, and only addresses are put beside it.
+
+Between kernels the caches are full of tensors, so what a call costs is how much Python and torch it touches: there is
+as little here as autograd allows. Whatever is unlike the first call (somebody watches, gradients of gradients, tensors
+that hooks have exchanged meanwhile) goes the operator's own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from vicinal.ops import operator
+from vicinal.ops.backend import Call, Inputs
+from vicinal.ops.cpu import library, memory, record
+from vicinal.ops.packing import ordinary_tensors
+from vicinal.ops.side_by_side import strides_beside
+
+MOST_PLANS = 64
+"""Backward plans to remember for a call."""
+
+Tensors = tuple[torch.Tensor | None, ...]
+"""Of query, key, value and bias."""
+
+
+def prepare(inputs: Inputs, otherwise: Call) -> Call | None:
+    """The way for calls like this one; None where the bias must be converted first."""
+    bias = inputs.bias
+    if bias is not None and not (bias.dtype == record.wide(inputs.query) and bias.is_contiguous()):
+        return None
+    return _Prepared(inputs, otherwise)
+
+
+class _Plan(NamedTuple):
+    """A backward: its record and where gradients of query, key and value are taken from, None where not needed."""
+
+    record: bytes
+    empty: tuple[Callable[[], torch.Tensor] | None, ...]
+    beside: _Beside | None
+
+
+class _Beside(NamedTuple):
+    """The same for inputs that lie side by side, so many bytes apart, and gradients that shall too."""
+
+    record: bytes
+    places: tuple[int, ...]
+    step: int
+    shelf: memory.Shelf
+
+    def fits(self, addresses: Sequence[int]) -> bool:
+        """Whether the inputs lie so. Their strides are those of parts, so that what lies between them is their own."""
+        first = addresses[self.places[0]]
+        return all(addresses[place] == first + self.step * number for number, place in enumerate(self.places))
+
+
+class _Prepared:
+    """All that calls of the same sizes, types and strides share. It keeps none of their tensors but the tables."""
+
+    def __init__(self, inputs: Inputs, otherwise: Call) -> None:
+        query, bias = inputs.query, inputs.bias
+        loaded = library.load()
+        self.attend, self.attend_backward = loaded.attend_at, loaded.attend_backward_at
+        self.otherwise = otherwise
+        self.may_record = operator.may_record()
+        self.tables, self.layout, self.scale = inputs.tables, inputs.layout, inputs.scale
+        out = memory.shelf((*query.shape[:-1], inputs.value.shape[-1]), query.dtype)
+        lse = memory.shelf(query.shape[:-1], record.wide(query))
+        self.empty_out, self.empty_lse = out.empty, lse.empty
+        self.results = (out.like, lse.like)
+        self.lie = _lie(query, inputs.key, inputs.value, *self.results)
+        vector = None if bias is None else bias.detach().view(-1)
+        self.record = record.of(inputs, vector, None, *self.results)
+        self.plans: dict[Any, _Plan] = {}
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        wants_lse: bool,
+    ) -> Any:
+        if operator.is_watched():
+            return self.otherwise(query, key, value, bias, wants_lse)
+        if (
+            self.may_record
+            and torch.is_grad_enabled()
+            and (
+                query.requires_grad
+                or key.requires_grad
+                or value.requires_grad
+                or (bias is not None and bias.requires_grad)
+            )
+        ):
+            return _record(self, wants_lse, query, key, value, bias)
+        out = self.empty_out()
+        lse = self.empty_lse() if wants_lse else None
+        self.run(query, key, value, bias, out, lse)
+        return (out, lse) if wants_lse else out
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Write the output, and the log-sum-exp if there is room for it."""
+        places = record.PLACES_FORWARD.pack(
+            library.Process.num_threads(),
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+        )
+        if self.attend(self.record, places, None, 0):
+            library.call(self.attend, self.record, places)  # again, to hear why
+
+    def gradients(
+        self,
+        saved: tuple[Any, ...],
+        grad_out: torch.Tensor | None,
+        grad_lse: torch.Tensor | None,
+        needs: tuple[bool, ...],
+    ) -> Tensors:
+        """The gradients that are needed."""
+        query, key, value, bias, out, lse = saved
+        if (
+            torch.is_grad_enabled()
+            or not _is_plain(grad_out)
+            or not (grad_lse is None or _is_plain(grad_lse))
+            or torch._C._len_torch_dispatch_stack()
+            or _lie(query, key, value, out, lse) != self.lie
+        ):
+            return self._other_gradients(saved, grad_out, grad_lse, needs)
+        which = (grad_out.stride(), needs, None if grad_lse is None else grad_lse.stride())
+        plan = self.plans.get(which)
+        if plan is None:
+            plan = self._plan((query, key, value, bias), grad_out, grad_lse, needs)
+            if len(self.plans) >= MOST_PLANS:
+                self.plans.clear()
+            self.plans[which] = plan
+        addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+        beside = plan.beside
+        if beside is not None and beside.fits(addresses):
+            packed = beside.record
+            parts = beside.shelf.take_parts()
+            grads = [None, None, None]
+            for place, part in zip(beside.places, parts):
+                grads[place] = part
+            grad_query, grad_key, grad_value = grads
+        else:
+            packed = plan.record
+            empty_query, empty_key, empty_value = plan.empty
+            grad_query = None if empty_query is None else empty_query()
+            grad_key = None if empty_key is None else empty_key()
+            grad_value = None if empty_value is None else empty_value()
+        grad_bias = torch.empty_like(bias) if needs[3] else None
+        places = record.PLACES.pack(
+            library.Process.num_threads(),
+            *addresses,
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            grad_out.data_ptr(),
+            0 if grad_lse is None else grad_lse.data_ptr(),
+            0 if grad_query is None else grad_query.data_ptr(),
+            0 if grad_key is None else grad_key.data_ptr(),
+            0 if grad_value is None else grad_value.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(),
+        )
+        if self.attend_backward(packed, places, None, 0):
+            library.call(self.attend_backward, packed, places)
+        return grad_query, grad_key, grad_value, grad_bias
+
+    def _other_gradients(
+        self,
+        saved: tuple[Any, ...],
+        grad_out: torch.Tensor | None,
+        grad_lse: torch.Tensor | None,
+        needs: tuple[bool, ...],
+    ) -> Tensors:
+        query, key, value, bias, out, lse = saved
+        vector = None if bias is None else bias.reshape(-1)
+        tensors = (query, key, value, self.tables, vector, None, None, None)
+        arguments = (*tensors, self.layout.packed, self.scale, "cpu")
+        grads = operator.differentiate(arguments, (out, lse), (), (grad_out, grad_lse), (*needs, False, False))
+        return (*grads[:3], None if grads[3] is None else grads[3].view(bias.shape))
+
+    def _plan(
+        self,
+        given: tuple[Any, ...],
+        grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        needs: tuple[bool, ...],
+    ) -> _Plan:
+        query, key, value, bias = given
+        vector = None if bias is None else bias.detach().view(-1)
+        inputs = Inputs(query, key, value, self.tables, vector, None, None, None, self.layout, self.scale)
+
+        def packed(strides: dict[int, tuple[int, ...]]) -> bytes:
+            likes = [
+                torch.empty_strided(given[place].shape, strides[place], device="meta") if place in strides else None
+                for place in range(3)
+            ]
+            grads = (*likes, vector if needs[3] else None)
+            return record.of(inputs, vector, None, *self.results, grad_out, grad_lse, *grads)
+
+        shelves = [memory.shelf(tensor.shape, tensor.dtype) for tensor in given[:3]]
+        places = tuple(place for place in range(3) if needs[place])
+        beside = None
+        if places:
+            first = given[places[0]]
+            strides = strides_beside(first.shape, len(places))
+            if not first.is_contiguous() and all(
+                given[place].shape == first.shape and given[place].stride() == strides for place in places
+            ):
+                beside = _Beside(
+                    packed(dict.fromkeys(places, strides)),
+                    places,
+                    first.shape[-2] * first.shape[-1] * first.element_size(),
+                    memory.shelf(first.shape, first.dtype, len(places)),
+                )
+        return _Plan(
+            packed({place: shelves[place].like.stride() for place in places}),
+            tuple(shelf.empty if need else None for shelf, need in zip(shelves, needs, strict=False)),
+            beside,
+        )
+
+
+def _lie(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Any:
+    """How tensors lie in memory: hooks may bring back others than were saved, and their owners exchange what they hold."""
+    return (
+        query.shape,
+        query.stride(),
+        query.dtype,
+        key.shape,
+        key.stride(),
+        key.dtype,
+        value.shape,
+        value.stride(),
+        value.dtype,
+        out.stride(),
+        lse.stride(),
+    )
+
+
+with ordinary_tensors():
+    _PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) is torch.Tensor and torch._C._dispatch_keys(tensor).raw_repr() == _PLAIN_KEYS
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        prepared: _Prepared,
+        wants_lse: bool,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> Any:
+        out, lse = prepared.empty_out(), prepared.empty_lse()
+        prepared.run(query, key, value, bias, out, lse)
+        ctx.save_for_backward(query, key, value, bias, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.prepared = prepared
+        return (out, lse) if wants_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None = None) -> Any:
+        prepared: _Prepared = ctx.prepared
+        return (None, None, *prepared.gradients(ctx.saved_tensors, grad_out, grad_lse, ctx.needs_input_grad[2:]))
+
+
+# without what torch does before for transforms (torch.func), which are known to be off
+_record: Callable[..., Any] = super(torch.autograd.Function, _Attention).apply
