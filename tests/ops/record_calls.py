@@ -91,7 +91,7 @@ def write(file: BinaryIO, name: str, data: bytes, places: Any) -> None:
         place = FIRST_TENSOR + TENSOR_WORDS * number
         count = extent(shape, words[place + 1 : place + TENSOR_WORDS], bytes_)
         if words[place] and count:
-            is_output = number >= FIRST_GRADIENT or (FIRST_OUTPUT <= number and not is_backward)
+            is_output = number >= FIRST_GRADIENT or (number >= FIRST_OUTPUT and not is_backward)
             buffers.append((place, count, int(is_output)))
     file.write(np.int64(is_backward + 2 * is_placed).tobytes() + words.tobytes() + np.int64(len(buffers)).tobytes())
     for word, count, is_output in buffers:

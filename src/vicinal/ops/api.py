@@ -10,6 +10,7 @@ import torch
 
 from vicinal.ops import checks, operator, resolve
 from vicinal.ops.backend import Call as KnownCall
+from vicinal.ops.operator import PLAIN_KEYS, keys_of
 from vicinal.ops.packing import pack_sample_tables
 from vicinal.pattern.bounds import AnyPattern, Bounds
 from vicinal.pattern.compose import pattern_parts
@@ -61,7 +62,10 @@ def attention(
     signature = None
     if extra_key is None and extra_value is None and extra_lengths is None and extra_query is None and grids is None:
         signature = _signature(query, key, value, pattern, bias, scale, backend)
-        known = _KNOWN.get(signature)
+        try:
+            known = _KNOWN.get(signature)
+        except TypeError:  # a pattern that is no pattern, or a user's axis kind that does not hash
+            signature = known = None
         if known is not None:
             return known(query, key, value, bias, return_lse)
     query, key, value, extra_key, extra_value, extra_query = under_autocast(
@@ -69,7 +73,7 @@ def attention(
     )
     call = Call(query, key, value, pattern, bias, extra_key, extra_value, extra_lengths, grids, scale)
     ready = call.prepare(backend)
-    if signature is not None:
+    if signature is not None and not torch._C._is_any_autocast_enabled():
         if len(_KNOWN) >= MOST_KNOWN:
             _KNOWN.clear()
         _, tables, _, layout, name = ready
@@ -90,32 +94,42 @@ MOST_KNOWN = 1024
 _KNOWN: dict[Any, KnownCall] = {}
 
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_SCALES = (float, type(None))
+_NAMES = (str, type(None))
+
+# names of this module are found sooner than those in torch
+_is_compiling = torch.compiler.is_compiling
+_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
 
 
 def _signature(query: Any, key: Any, value: Any, pattern: Any, bias: Any, scale: Any, backend: Any) -> Any:
     """All that checks and choices depend on, for a plain call; None where it is not one.
 
     A call like one before needs no check, which is most of what a small problem costs. Only exact types count: True
-    equals 1.0, but is no scale. Dispatch keys tell which modes and transforms are on, and what kinds of tensors there are.
+    equals 1.0, but is no scale. Dispatch keys tell which modes and transforms are on, autocast too, and what kinds of
+    tensors there are.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
+        _is_compiling()
         or type(query) not in _TENSORS
         or type(key) not in _TENSORS
         or type(value) not in _TENSORS
+        or not (bias is None or type(bias) in _TENSORS)
         or type(scale) not in _SCALES
         or type(backend) not in _NAMES
     ):
         return None
-    keys = torch._C._dispatch_keys
+    keys = keys_of(query).raw_repr()
     try:
         signature: Any = (
-            torch._C._dispatch_tls_local_include_set().raw_repr(),
-            torch._C._dispatch_tls_local_exclude_set().raw_repr(),
-            keys(query).raw_repr(),
-            keys(key).raw_repr(),
-            keys(value).raw_repr(),
+            pattern,
+            scale,
+            backend,
+            _included().raw_repr(),
+            _excluded().raw_repr(),
+            keys,
+            keys_of(key).raw_repr(),
+            keys_of(value).raw_repr(),
             query.shape,
             key.shape,
             value.shape,
@@ -125,25 +139,14 @@ def _signature(query: Any, key: Any, value: Any, pattern: Any, bias: Any, scale:
             query.dtype,
             key.dtype,
             value.dtype,
-            query.device,
-            key.device,
-            value.device,
-            pattern,
-            scale,
-            backend,
         )
         if bias is not None:
-            if type(bias) not in _TENSORS:
-                return None
-            signature += (keys(bias).raw_repr(), bias.shape, bias.stride(), bias.dtype, bias.device)
-        hash(signature)
-    except (TypeError, RuntimeError):  # a pattern that does not hash, or a tensor without strides
+            signature += (keys_of(bias).raw_repr(), bias.shape, bias.stride(), bias.dtype)
+    except RuntimeError:  # a tensor without strides
         return None
+    if keys != PLAIN_KEYS:  # there may be several devices of a kind
+        signature += (query.device, key.device, value.device, None if bias is None else bias.device)
     return signature
-
-
-_SCALES = (float, type(None))
-_NAMES = (str, type(None))
 
 
 Ready = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[int, ...], str]

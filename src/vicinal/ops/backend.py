@@ -156,7 +156,7 @@ class Keeping:
     ]
 
 
-Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], Any]
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, bool], Any]
 """A call like one before: query, key, value, bias, and whether the log-sum-exp is to be returned too."""
 
 

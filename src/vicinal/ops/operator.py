@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from vicinal.ops import backend
 from vicinal.ops.backend import Call, Gradients, Inputs, gradients_through
-from vicinal.ops.packing import Layout
+from vicinal.ops.packing import Layout, ordinary_tensors
 from vicinal.ops.side_by_side import is_plain
 
 library = torch.library.Library("vicinal", "DEF")
@@ -172,13 +172,19 @@ def _is_quiet(tensors: Sequence[torch.Tensor | None]) -> bool:
     )
 
 
+keys_of = torch._C._dispatch_keys
+
+with ordinary_tensors():
+    PLAIN_KEYS = keys_of(torch.empty(0, device="cpu")).raw_repr()
+    """The dispatch keys of an ordinary tensor on the CPU."""
+
+_function_modes = torch._C._len_torch_function_stack
+_is_profiling = torch._C._autograd._profiler_enabled
+
+
 def is_watched() -> bool:
     """Whether somebody watches calls in a way that dispatch keys do not tell."""
-    return (
-        torch._C._len_torch_function_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    )
+    return bool(_function_modes() or _is_profiling() or forward_ad._current_level >= 0)
 
 
 def may_record() -> bool:
@@ -195,7 +201,11 @@ def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor
     results: tuple[torch.Tensor, torch.Tensor]
     if is_watched() or not _is_quiet(tensors):
         results = torch.ops.vicinal.attend.default(*arguments)
-    elif torch.is_grad_enabled() and may_record() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    elif (
+        torch.is_grad_enabled()
+        and may_record()
+        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    ):
         results = _Attend.apply(None, *arguments)
     else:
         alone = None if wants_lse else backend.find(arguments[-1]).output_alone
@@ -206,9 +216,7 @@ def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor
     return results
 
 
-def known(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, ready: Ready
-) -> Call:
+def known(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Any, ready: Ready) -> Call:
     """The way for calls like this one, checked, without extra tokens, while the thread's dispatch keys are the same."""
     tables, layout, scale, name = ready
 
@@ -216,9 +224,7 @@ def known(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, wants_lse: bool
     ) -> Any:
         vector = None if bias is None else bias.reshape(-1)
-        results = attend(
-            query, key, value, tables, vector, None, None, None, layout, scale, name, wants_lse=wants_lse
-        )
+        results = attend(query, key, value, tables, vector, None, None, None, layout, scale, name, wants_lse=wants_lse)
         return results if wants_lse else results[0]
 
     prepare = backend.find(name).prepare

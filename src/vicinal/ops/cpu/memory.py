@@ -4,7 +4,8 @@ New memory comes in pages of 4 KB, each with an interruption when it is first wr
 larger blocks back as soon as they are free and takes them anew, so a loop that makes an output at a time pays for its
 pages in every turn: for a 7x7 window as much as for a quarter of the arithmetic. Here the storages of results are
 remembered, each with a tensor of our own on it, and one that nobody else refers to is used again: `data` of our tensor
-is another on the same storage, and quicker to have than any empty one.
+is another on the same storage, and quicker to have than any empty one. No lock is needed: a storage that is looked at
+is off its list meanwhile, and neither another thread nor the handler of a signal comes upon it.
 
 `VICINAL_CPU_KEEP_MB` is how many megabytes of results may be remembered, those in use included (256; 0 for none).
 """
@@ -12,11 +13,10 @@ is another on the same storage, and quicker to have than any empty one.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 import sys
-import threading
+from collections.abc import Callable
 
 import torch
 
@@ -44,8 +44,7 @@ class _Room:
 
     def references(self) -> int:
         """How many refer to the storage: torch's tensors, and Python's names for it."""
-        assert _users is not None
-        users: int = _users(self.address)
+        users: int = _users(self.address)  # type: ignore[misc]  # nothing is kept where it is missing
         return users + sys.getrefcount(self.storage)
 
     def is_as_new(self, size: int) -> bool:
@@ -68,113 +67,117 @@ def most_kept() -> int:
     return int(given) << 20 if _users is not None else 0
 
 
-class _Kept:
-    """The shelves that have rooms on them."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Give all memory that nobody uses back to the system."""
-        for shelf in getattr(self, "shelves", ()):
-            shelf.rooms = ([], [])
-        self.lock = threading.Lock()  # after a fork the old one may be held by nobody
-        self.shelves: dict[Shelf, None] = {}
-        self.bytes = 0
-
-    def add(self, shelf: Shelf, rooms: list[_Room], room: _Room) -> None:
-        """Put a room on a shelf; what was used longest ago is forgotten where it gets too much."""
-        if shelf not in self.shelves:
-            self._forget_shared()
-            self.shelves[shelf] = None
-        rooms.append(room)
-        self.bytes += shelf.size
-        while self.bytes > most_kept():
-            oldest = min(self.shelves, key=lambda one: one.last_use)
-            some = oldest.rooms[0] or oldest.rooms[1]
-            self.drop(oldest, some, some[0])
-
-    def _forget_shared(self) -> None:
-        """Let go of what was shared since: it holds a file and a part of the memory for sharing, and is of no use."""
-        for shelf in list(self.shelves):
-            for rooms in shelf.rooms:
-                for room in [room for room in rooms if room.storage.is_shared()]:
-                    self.drop(shelf, rooms, room)
-
-    def drop(self, shelf: Shelf, rooms: list[_Room], room: _Room) -> None:
-        """Take a room off its shelf."""
-        rooms.remove(room)
-        self.bytes -= shelf.size
-        if not any(shelf.rooms):
-            del self.shelves[shelf]
-
-
 class Shelf:
     """Where results of one shape and type are taken from: contiguous tensors that will be written to the last element.
 
     With `parts` a result is so many tensors side by side, the parts `[..., heads, head_dim]` of `[..., parts, heads,
-    head_dim]`.
+    head_dim]`. Sizes below `least` are not kept.
 
-    >>> Shelf((2, 3), torch.float32).take().shape
+    >>> Shelf((2, 3), torch.float32).empty().shape
     torch.Size([2, 3])
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, parts: int = 0) -> None:
+    __slots__ = ("empty", "is_kept", "like", "parts", "rooms", "size")
+
+    empty: Callable[[], torch.Tensor]
+    """A tensor, in memory of an earlier one where there is some."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, parts: int = 0, least: int = LEAST_BYTES) -> None:
         whole = (*shape[:-2], parts, *shape[-2:]) if parts else tuple(shape)
         self.size = math.prod(whole) * dtype.itemsize
         self.parts = parts
         with ordinary_tensors():
             self.like = torch.empty(whole, dtype=dtype, device="cpu")
             self.like.untyped_storage().resize_(0)  # only shape and type are looked at
-        self.rooms: tuple[list[_Room], list[_Room]] = ([], [])  # inference mode has tensors of its own
-        self.last_use = 0
-        self.is_kept = LEAST_BYTES <= self.size <= most_kept()
-        self.empty = self.take if self.is_kept else functools.partial(torch.empty_like, self.like)
+        self.rooms: list[_Room] = []
+        self.is_kept = max(least, 1) <= self.size <= most_kept()
+        self.empty = self._take if self.is_kept else functools.partial(torch.empty_like, self.like)
 
-    def take(self) -> torch.Tensor:
-        """A tensor, in memory of an earlier one where there is some."""
-        if not self.is_kept or not _kept.lock.acquire(blocking=False):  # or a signal's handler came between
-            return torch.empty_like(self.like)
-        try:
-            return self._room().tensors[0].data
-        finally:
-            _kept.lock.release()
-
-    def take_parts(self) -> tuple[torch.Tensor, ...]:
+    def empty_parts(self) -> tuple[torch.Tensor, ...]:
         """All parts, which together are contiguous."""
-        if not self.is_kept or not _kept.lock.acquire(blocking=False):
+        if not self.is_kept:
             return tuple(torch.empty_like(self.like).unbind(-3))
-        try:
-            return tuple([part.data for part in self._room().tensors])
-        finally:
-            _kept.lock.release()
+        room = self._room()
+        parts = tuple([part.data for part in room.tensors])
+        self.rooms.append(room)
+        return parts
+
+    def _take(self) -> torch.Tensor:
+        room = self._room()
+        result = room.whole.data
+        self.rooms.append(room)
+        return result
 
     def _room(self) -> _Room:
-        self.last_use = next(_TURNS)
-        rooms = self.rooms[torch.is_inference_mode_enabled()]
-        for room in rooms[: -MOST_TRIED - 1 : -1]:
-            if room.references() == room.alone:
-                if room.is_as_new(self.size):
-                    return room
-                _kept.drop(self, rooms, room)
-        made = torch.empty_like(self.like)
-        room = _Room(made, tuple(made.unbind(-3)) if self.parts else (made,))
-        _kept.add(self, rooms, room)
-        return room
+        """A room that nobody uses, the one used last if there are several, taken off the list."""
+        rooms = self.rooms
+        busy: list[_Room] = []
+        found = None
+        while rooms and len(busy) < MOST_TRIED:
+            try:
+                room = rooms.pop()
+            except IndexError:  # another thread was quicker
+                break
+            if room.references() != room.alone:
+                busy.append(room)
+            elif room.is_as_new(self.size):
+                found = room
+                break
+        if busy:
+            rooms.extend(reversed(busy))
+        return self._new_room() if found is None else found
+
+    def _new_room(self) -> _Room:
+        _make_space(self)
+        whole = torch.empty_like(self.like)
+        return _Room(whole, tuple(whole.unbind(-3)) if self.parts else ())
 
 
-_TURNS = itertools.count()
-_kept = _Kept()
-forget = _kept.forget
+_filled: dict[Shelf, None] = {}
+"""The shelves with rooms on them; the one that got a room last stands last."""
+
+
+def _make_space(shelf: Shelf) -> None:
+    """Forget as much as another room of a shelf takes, where it gets too much."""
+    if shelf not in _filled:
+        _forget_shared()
+    _filled.pop(shelf, None)
+    _filled[shelf] = None
+    excess = shelf.size - most_kept() + sum(other.size * len(other.rooms) for other in list(_filled))
+    for other in list(_filled):
+        while excess > 0 and other.rooms:
+            del other.rooms[:1]
+            excess -= other.size
+        if not other.rooms and other is not shelf:
+            _filled.pop(other, None)
+
+
+def _forget_shared() -> None:
+    """Let go of what was shared since: it holds a file and a part of the memory for sharing, and is of no use."""
+    for shelf in list(_filled):
+        shelf.rooms[:] = [room for room in shelf.rooms if not room.storage.is_shared()]
+
+
+def forget() -> None:
+    """Give all memory that nobody uses back to the system."""
+    for shelf in list(_filled):
+        shelf.rooms.clear()
+    _filled.clear()
+
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=forget)
 
 
 @functools.lru_cache(maxsize=1024)
-def shelf(shape: tuple[int, ...], dtype: torch.dtype, parts: int = 0) -> Shelf:
-    """The shelf of that shape and type."""
-    return Shelf(shape, dtype, parts)
+def _shelf(shape: tuple[int, ...], dtype: torch.dtype, parts: int, least: int, is_inference: bool) -> Shelf:
+    del is_inference  # that mode has tensors of its own
+    return Shelf(shape, dtype, parts, least)
+
+
+def shelf(shape: tuple[int, ...], dtype: torch.dtype, parts: int = 0, least: int = LEAST_BYTES) -> Shelf:
+    """The shelf of that shape and type, for tensors of the mode (inference or not) that is on."""
+    return _shelf(tuple(shape), dtype, parts, least, torch.is_inference_mode_enabled())
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -183,4 +186,4 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     >>> empty((2, 3), torch.float32).shape
     torch.Size([2, 3])
     """
-    return shelf(tuple(shape), dtype).empty()
+    return shelf(shape, dtype).empty()

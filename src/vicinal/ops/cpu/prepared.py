@@ -15,8 +15,10 @@ import torch
 from vicinal.ops import operator
 from vicinal.ops.backend import Call, Inputs
 from vicinal.ops.cpu import library, memory, record
-from vicinal.ops.packing import ordinary_tensors
+from vicinal.ops.operator import PLAIN_KEYS, is_watched, keys_of
 from vicinal.ops.side_by_side import strides_beside
+
+is_grad_enabled = torch.is_grad_enabled
 
 MOST_PLANS = 64
 """Backward plans to remember for a call."""
@@ -33,16 +35,8 @@ def prepare(inputs: Inputs, otherwise: Call) -> Call | None:
     return _Prepared(inputs, otherwise)
 
 
-class _Plan(NamedTuple):
-    """A backward: its record and where gradients of query, key and value are taken from, None where not needed."""
-
-    record: bytes
-    empty: tuple[Callable[[], torch.Tensor] | None, ...]
-    beside: _Beside | None
-
-
 class _Beside(NamedTuple):
-    """The same for inputs that lie side by side, so many bytes apart, and gradients that shall too."""
+    """A backward of inputs that lie side by side, so many bytes apart, as their gradients shall too."""
 
     record: bytes
     places: tuple[int, ...]
@@ -53,6 +47,25 @@ class _Beside(NamedTuple):
         """Whether the inputs lie so. Their strides are those of parts, so that what lies between them is their own."""
         first = addresses[self.places[0]]
         return all(addresses[place] == first + self.step * number for number, place in enumerate(self.places))
+
+
+class _Plan(NamedTuple):
+    """A backward: its record, and what makes room for gradients of query, key and value, None where not needed."""
+
+    record: bytes
+    empty: tuple[Callable[[], torch.Tensor] | None, ...]
+    beside: _Beside | None
+
+    def rooms(self, addresses: Sequence[int]) -> tuple[bytes, Tensors]:
+        """The record, and room for the gradients of inputs at these addresses."""
+        beside = self.beside
+        if beside is None or not beside.fits(addresses):
+            query, key, value = self.empty
+            return self.record, (query and query(), key and key(), value and value())
+        rooms: list[torch.Tensor | None] = [None, None, None]
+        for place, part in zip(beside.places, beside.shelf.empty_parts(), strict=True):
+            rooms[place] = part
+        return beside.record, tuple(rooms)
 
 
 class _Prepared:
@@ -66,7 +79,9 @@ class _Prepared:
         self.may_record = operator.may_record()
         self.tables, self.layout, self.scale = inputs.tables, inputs.layout, inputs.scale
         out = memory.shelf((*query.shape[:-1], inputs.value.shape[-1]), query.dtype)
-        lse = memory.shelf(query.shape[:-1], record.wide(query))
+        # where one of them comes from memory that is kept, the quicker way is in the caches for the other too
+        least = 0 if out.is_kept else memory.LEAST_BYTES
+        lse = memory.shelf(query.shape[:-1], record.wide(query), least=least)
         self.empty_out, self.empty_lse = out.empty, lse.empty
         self.results = (out.like, lse.like)
         self.lie = _lie(query, inputs.key, inputs.value, *self.results)
@@ -82,11 +97,11 @@ class _Prepared:
         bias: torch.Tensor | None,
         wants_lse: bool,
     ) -> Any:
-        if operator.is_watched():
+        if is_watched():
             return self.otherwise(query, key, value, bias, wants_lse)
         if (
             self.may_record
-            and torch.is_grad_enabled()
+            and is_grad_enabled()
             and (
                 query.requires_grad
                 or key.requires_grad
@@ -132,9 +147,10 @@ class _Prepared:
         """The gradients that are needed."""
         query, key, value, bias, out, lse = saved
         if (
-            torch.is_grad_enabled()
+            grad_out is None
             or not _is_plain(grad_out)
             or not (grad_lse is None or _is_plain(grad_lse))
+            or is_grad_enabled()
             or torch._C._len_torch_dispatch_stack()
             or _lie(query, key, value, out, lse) != self.lie
         ):
@@ -142,25 +158,11 @@ class _Prepared:
         which = (grad_out.stride(), needs, None if grad_lse is None else grad_lse.stride())
         plan = self.plans.get(which)
         if plan is None:
-            plan = self._plan((query, key, value, bias), grad_out, grad_lse, needs)
             if len(self.plans) >= MOST_PLANS:
                 self.plans.clear()
-            self.plans[which] = plan
+            plan = self.plans[which] = self._plan(saved[:4], grad_out, grad_lse, needs)
         addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr())
-        beside = plan.beside
-        if beside is not None and beside.fits(addresses):
-            packed = beside.record
-            parts = beside.shelf.take_parts()
-            grads = [None, None, None]
-            for place, part in zip(beside.places, parts):
-                grads[place] = part
-            grad_query, grad_key, grad_value = grads
-        else:
-            packed = plan.record
-            empty_query, empty_key, empty_value = plan.empty
-            grad_query = None if empty_query is None else empty_query()
-            grad_key = None if empty_key is None else empty_key()
-            grad_value = None if empty_value is None else empty_value()
+        packed, (grad_query, grad_key, grad_value) = plan.rooms(addresses)
         grad_bias = torch.empty_like(bias) if needs[3] else None
         places = record.PLACES.pack(
             library.Process.num_threads(),
@@ -194,48 +196,42 @@ class _Prepared:
         return (*grads[:3], None if grads[3] is None else grads[3].view(bias.shape))
 
     def _plan(
-        self,
-        given: tuple[Any, ...],
-        grad_out: torch.Tensor,
-        grad_lse: torch.Tensor | None,
-        needs: tuple[bool, ...],
+        self, given: tuple[Any, ...], grad_out: torch.Tensor, grad_lse: torch.Tensor | None, needs: tuple[bool, ...]
     ) -> _Plan:
         query, key, value, bias = given
         vector = None if bias is None else bias.detach().view(-1)
         inputs = Inputs(query, key, value, self.tables, vector, None, None, None, self.layout, self.scale)
 
-        def packed(strides: dict[int, tuple[int, ...]]) -> bytes:
-            likes = [
-                torch.empty_strided(given[place].shape, strides[place], device="meta") if place in strides else None
-                for place in range(3)
+        def packed(strides: Sequence[tuple[int, ...]]) -> bytes:
+            grads: list[torch.Tensor | None] = [
+                torch.empty_strided(tensor.shape, own, device="meta") if need else None
+                for tensor, own, need in zip(given, strides, needs, strict=False)
             ]
-            grads = (*likes, vector if needs[3] else None)
+            grads.append(vector if needs[3] else None)
             return record.of(inputs, vector, None, *self.results, grad_out, grad_lse, *grads)
 
-        shelves = [memory.shelf(tensor.shape, tensor.dtype) for tensor in given[:3]]
-        places = tuple(place for place in range(3) if needs[place])
-        beside = None
-        if places:
+        beside, shared = None, _strides_beside([tensor for tensor, need in zip(given[:3], needs, strict=False) if need])
+        if shared is not None:
+            places = tuple(place for place in range(3) if needs[place])
             first = given[places[0]]
-            strides = strides_beside(first.shape, len(places))
-            if not first.is_contiguous() and all(
-                given[place].shape == first.shape and given[place].stride() == strides for place in places
-            ):
-                beside = _Beside(
-                    packed(dict.fromkeys(places, strides)),
-                    places,
-                    first.shape[-2] * first.shape[-1] * first.element_size(),
-                    memory.shelf(first.shape, first.dtype, len(places)),
-                )
-        return _Plan(
-            packed({place: shelves[place].like.stride() for place in places}),
-            tuple(shelf.empty if need else None for shelf, need in zip(shelves, needs, strict=False)),
-            beside,
-        )
+            step = first.shape[-2] * first.shape[-1] * first.element_size()
+            shelf = memory.shelf(first.shape, first.dtype, parts=len(places))
+            beside = _Beside(packed([shared] * 3), places, step, shelf)
+        shelves = [memory.shelf(tensor.shape, tensor.dtype) for tensor in given[:3]]
+        empty = tuple(shelf.empty if need else None for shelf, need in zip(shelves, needs, strict=False))
+        return _Plan(packed([shelf.like.stride() for shelf in shelves]), empty, beside)
+
+
+def _strides_beside(tensors: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
+    """The strides of tensors that may be all the parts of one, by these; None where they are not."""
+    if not tensors or tensors[0].is_contiguous():  # such have nothing beside them but in grids of one token
+        return None
+    shape, strides = tensors[0].shape, strides_beside(tensors[0].shape, len(tensors))
+    return strides if all(tensor.shape == shape and tensor.stride() == strides for tensor in tensors) else None
 
 
 def _lie(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Any:
-    """How tensors lie in memory: hooks may bring back others than were saved, and their owners exchange what they hold."""
+    """How tensors lie in memory: hooks may bring back others than were saved, and owners exchange what theirs hold."""
     return (
         query.shape,
         query.stride(),
@@ -251,12 +247,8 @@ def _lie(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch
     )
 
 
-with ordinary_tensors():
-    _PLAIN_KEYS = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
-
-
 def _is_plain(tensor: Any) -> bool:
-    return type(tensor) is torch.Tensor and torch._C._dispatch_keys(tensor).raw_repr() == _PLAIN_KEYS
+    return type(tensor) is torch.Tensor and keys_of(tensor).raw_repr() == PLAIN_KEYS
 
 
 class _Attention(torch.autograd.Function):

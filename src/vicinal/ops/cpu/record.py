@@ -25,7 +25,7 @@ Tensors = tuple[torch.Tensor | None, ...]
 backward also grad_out, grad_lse, and the gradients of the first six."""
 
 PLACES = struct.Struct("=13q")
-"""`vicinal_places`: threads, query, key, value, bias, out, lse, grad_out, grad_lse, and the gradients of the first four."""
+"""`vicinal_places`: threads, query, key, value, bias, out, lse, grad_out, grad_lse, the gradients of the first four."""
 
 PLACES_FORWARD = struct.Struct("=7q48x")
 """The same where no gradients are taken."""
