@@ -109,7 +109,7 @@ class _Prepared:
                 or (bias is not None and bias.requires_grad)
             )
         ):
-            return _record(self, wants_lse, query, key, value, bias)
+            return _apply(self, wants_lse, query, key, value, bias)
         out = self.empty_out()
         lse = self.empty_lse() if wants_lse else None
         self.run(query, key, value, bias, out, lse)
@@ -276,4 +276,4 @@ class _Attention(torch.autograd.Function):
 
 
 # without what torch does before for transforms (torch.func), which are known to be off
-_record: Callable[..., Any] = super(torch.autograd.Function, _Attention).apply
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Attention).apply
