@@ -18,10 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+import vicinal
 from vicinal.ops.cpu import library, record
 
 from .fuzz_records import FIRST_TENSOR, HEADER, PLACED, TENSOR_WORDS
-from .problems import PROBLEMS
+from .problems import PROBLEMS, arguments, draw
 from .tolerance import run
 
 FIRST_OUTPUT, FIRST_GRADIENT = 7, 11
@@ -76,6 +77,8 @@ def main(path: str, every: int) -> None:
         for number, problem in enumerate(PROBLEMS[::every]):
             for dtype in (torch.float32, NARROW[number % 2]) * 2:
                 run(problem, dtype, "cpu")
+                with torch.no_grad():  # without the log-sum-exp
+                    vicinal.attention(**arguments(problem, draw(problem, dtype)), backend="cpu")
 
 
 def write(file: BinaryIO, name: str, data: bytes, places: Any) -> None:
