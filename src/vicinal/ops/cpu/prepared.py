@@ -16,7 +16,7 @@ from vicinal.ops import operator
 from vicinal.ops.backend import Call, Inputs
 from vicinal.ops.cpu import library, memory, record
 from vicinal.ops.operator import PLAIN_KEYS, is_watched, keys_of
-from vicinal.ops.side_by_side import strides_beside
+from vicinal.ops.side_by_side import apply_of, strides_beside
 
 is_grad_enabled = torch.is_grad_enabled
 
@@ -275,5 +275,4 @@ class _Attention(torch.autograd.Function):
         return (None, None, *prepared.gradients(ctx.saved_tensors, grad_out, grad_lse, ctx.needs_input_grad[2:]))
 
 
-# without what torch does before for transforms (torch.func), which are known to be off
-_apply: Callable[..., Any] = super(torch.autograd.Function, _Attention).apply
+_apply = apply_of(_Attention)  # what dispatch keys tell of transforms is in the signature
