@@ -19,6 +19,8 @@ from vicinal.pattern import Full, Near, Window, heads, union
 
 from ..conftest import has_compiler
 from .conftest import Forced
+from .problems import SAMPLE
+from .tolerance import run
 
 if library.reason_missing() is not None and not has_compiler():
     pytest.skip("no C++ compiler, so there is no library to test", allow_module_level=True)
@@ -247,3 +249,11 @@ def test_modes_are_told_apart() -> None:
             assert vicinal.attention(*tensors, Near(3)).is_inference()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert vicinal.attention(*tensors, Near(3)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_second_time_gives_the_bits_of_the_first(dtype: torch.dtype) -> None:
+    for problem in SAMPLE:
+        first, second = (run(problem, dtype, "cpu") for _ in range(2))
+        for name, wanted in first.items():
+            assert torch.equal(second[name].nan_to_num(7.5), wanted.nan_to_num(7.5)), (problem, name)
