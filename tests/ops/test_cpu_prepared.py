@@ -212,6 +212,18 @@ def test_what_a_tensor_holds_may_be_exchanged_before_the_backward() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_a_bias_may_be_exchanged_for_one_in_another_type() -> None:
+    query, bias = inputs()[0], torch.linspace(-1, 1, 50).view(2, 5, 5)
+    for exchange in (False, False, True):
+        out = vicinal.attention(query, query, query, Near(3), bias=bias, backend="cpu")
+        if exchange:
+            bias.data = bias.data.to(torch.bfloat16)
+        (grad,) = torch.autograd.grad(out.square().sum(), query)
+        if not exchange:
+            wanted = grad
+    torch.testing.assert_close(grad, wanted, rtol=0.02, atol=0.1)
+
+
 def test_changes_in_place_are_noticed_and_graphs_are_freed() -> None:
     tensors = inputs()
     for _ in range(2):

@@ -18,7 +18,8 @@ from vicinal.ops.cpu import library, memory, record
 from vicinal.ops.operator import PLAIN_KEYS, is_watched, keys_of
 from vicinal.ops.side_by_side import apply_of, strides_beside
 
-is_grad_enabled = torch.is_grad_enabled
+# names of this module are found sooner than those in torch
+is_grad_enabled, dispatch_modes = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
 
 MOST_PLANS = 64
 """Backward plans to remember for a call."""
@@ -84,7 +85,7 @@ class _Prepared:
         lse = memory.shelf(query.shape[:-1], record.wide(query), least=least)
         self.empty_out, self.empty_lse = out.empty, lse.empty
         self.results = (out.like, lse.like)
-        self.lie = _lie(query, inputs.key, inputs.value, *self.results)
+        self.lie = _lie(query, inputs.key, inputs.value, bias, *self.results)
         vector = None if bias is None else bias.detach().view(-1)
         self.record = record.of(inputs, vector, None, *self.results)
         self.plans: dict[Any, _Plan] = {}
@@ -151,8 +152,8 @@ class _Prepared:
             or not _is_plain(grad_out)
             or not (grad_lse is None or _is_plain(grad_lse))
             or is_grad_enabled()
-            or torch._C._len_torch_dispatch_stack()
-            or _lie(query, key, value, out, lse) != self.lie
+            or dispatch_modes()
+            or _lie(*saved) != self.lie
         ):
             return self._other_gradients(saved, grad_out, grad_lse, needs)
         which = (grad_out.stride(), needs, None if grad_lse is None else grad_lse.stride())
@@ -230,7 +231,14 @@ def _strides_beside(tensors: Sequence[torch.Tensor]) -> tuple[int, ...] | None:
     return strides if all(tensor.shape == shape and tensor.stride() == strides for tensor in tensors) else None
 
 
-def _lie(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Any:
+def _lie(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> Any:
     """How tensors lie in memory: hooks may bring back others than were saved, and owners exchange what theirs hold."""
     return (
         query.shape,
@@ -244,6 +252,7 @@ def _lie(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch
         value.dtype,
         out.stride(),
         lse.stride(),
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype),
     )
 
 
