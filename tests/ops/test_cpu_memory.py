@@ -67,6 +67,14 @@ def test_memory_is_used_again_once_a_result_is_gone() -> None:
     assert not again._is_view()
 
 
+def test_results_of_many_layers_are_all_used_again() -> None:
+    for _ in range(3):
+        held = [memory.empty(SHAPE, torch.float32) for _ in range(2 * memory.MOST_TRIED + 3)]
+        assert len({tensor.data_ptr() for tensor in held}) == len(kept()) == len(held)
+        del held
+    assert len({address_of_next() for _ in range(5)}) == 1  # what is in the caches
+
+
 def test_parts_are_used_again_once_all_are_gone() -> None:
     shelf = memory.Shelf((2, 64, 4, 64), torch.float32, parts=3)
     first = shelf.empty_parts()

@@ -109,7 +109,7 @@ class Shelf:
         return result
 
     def _room(self) -> _Room:
-        """A room that nobody uses, the one used last if there are several, taken off the list."""
+        """A room that nobody uses, taken off the list: the one that had been used last if it is free."""
         rooms = self.rooms
         busy: list[_Room] = []
         found = None
@@ -124,7 +124,7 @@ class Shelf:
                 found = room
                 break
         if busy:
-            rooms.extend(reversed(busy))
+            rooms[:0] = busy  # the next one who looks sees others first, so that none is overlooked for good
         return self._new_room() if found is None else found
 
     def _new_room(self) -> _Room:
