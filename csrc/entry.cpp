@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include "isa.h"
@@ -38,10 +39,33 @@ int64_t guarded(char* message, int64_t message_bytes, const Work& work) {
     }
 }
 
-// The problem with its strategy and instruction set settled.
-Problem settled(const vicinal_call* call, Purpose purpose) {
+const vicinal_call& present(const vicinal_call* call) {
     if (!call) throw BadArgument("call is missing");
-    Problem problem = read_problem(*call, purpose);
+    return *call;
+}
+
+vicinal_call placed(const vicinal_call* call, const vicinal_places* places) {
+    if (!places) throw BadArgument("places are missing");
+    vicinal_call there = present(call);
+    there.threads = places->threads;
+    there.query.data = places->query;
+    there.key.data = places->key;
+    there.value.data = places->value;
+    there.bias.data = places->bias;
+    there.out.data = places->out;
+    there.lse.data = places->lse;
+    there.grad_out.data = places->grad_out;
+    there.grad_lse.data = places->grad_lse;
+    there.grad_query.data = places->grad_query;
+    there.grad_key.data = places->grad_key;
+    there.grad_value.data = places->grad_value;
+    there.grad_bias.data = places->grad_bias;
+    return there;
+}
+
+// The problem with its strategy and instruction set settled.
+Problem settled(const vicinal_call& call, Purpose purpose) {
+    Problem problem = read_problem(call, purpose);
     const vicinal_isa best = best_isa();
     if (problem.call.isa == VICINAL_BEST) problem.call.isa = usual_isa(problem.call.dtype);
     if (problem.call.isa > best)
@@ -70,6 +94,32 @@ Strategy strategy_of(const Problem& problem) {
     }
 }
 
+void forward(const vicinal_call& call) {
+    const Problem problem = settled(call, Purpose::FORWARD);
+    strategy_of(problem).forward(problem);
+}
+
+// Room for one number per query and head, contiguous, where the backward may keep sums. Most calls never touch it.
+std::unique_ptr<char[]> give_row_sums(Problem& problem) {
+    const int64_t* grid = problem.grid;
+    const int64_t bytes = problem.is_double ? 8 : 4;
+    View& view = problem.row_sums;
+    view.head = 1;
+    view.axis[2] = problem.call.heads;
+    view.axis[1] = view.axis[2] * grid[2];
+    view.axis[0] = view.axis[1] * grid[1];
+    view.batch = view.axis[0] * grid[0];
+    std::unique_ptr<char[]> room(new char[size_t(problem.call.batch * view.batch * bytes)]);
+    view.data = room.get();
+    return room;
+}
+
+void backward(const vicinal_call& call) {
+    Problem problem = settled(call, Purpose::BACKWARD);
+    const std::unique_ptr<char[]> room = give_row_sums(problem);
+    strategy_of(problem).backward(problem);
+}
+
 }  // namespace
 }  // namespace vicinal
 
@@ -86,23 +136,27 @@ void vicinal_poison_workspace(void) { vicinal::poison_workspace(); }
 void vicinal_shrink_units(int64_t bytes) { vicinal::tiles_shrink_units(bytes); }
 
 int64_t vicinal_attend(const vicinal_call* call, char* message, int64_t message_bytes) {
-    return vicinal::guarded(message, message_bytes, [&] {
-        const vicinal::Problem problem = vicinal::settled(call, vicinal::Purpose::FORWARD);
-        vicinal::strategy_of(problem).forward(problem);
-    });
+    return vicinal::guarded(message, message_bytes, [&] { vicinal::forward(vicinal::present(call)); });
 }
 
 int64_t vicinal_attend_backward(const vicinal_call* call, char* message, int64_t message_bytes) {
-    return vicinal::guarded(message, message_bytes, [&] {
-        const vicinal::Problem problem = vicinal::settled(call, vicinal::Purpose::BACKWARD);
-        vicinal::strategy_of(problem).backward(problem);
-    });
+    return vicinal::guarded(message, message_bytes, [&] { vicinal::backward(vicinal::present(call)); });
+}
+
+int64_t vicinal_attend_at(const vicinal_call* call, const vicinal_places* places, char* message,
+                          int64_t message_bytes) {
+    return vicinal::guarded(message, message_bytes, [&] { vicinal::forward(vicinal::placed(call, places)); });
+}
+
+int64_t vicinal_attend_backward_at(const vicinal_call* call, const vicinal_places* places, char* message,
+                                   int64_t message_bytes) {
+    return vicinal::guarded(message, message_bytes, [&] { vicinal::backward(vicinal::placed(call, places)); });
 }
 
 int64_t vicinal_describe(const vicinal_call* call, vicinal_description* groups, int64_t num_groups, char* message,
                          int64_t message_bytes) {
     return vicinal::guarded(message, message_bytes, [&] {
-        const vicinal::Problem problem = vicinal::settled(call, vicinal::Purpose::DESCRIBE);
+        const vicinal::Problem problem = vicinal::settled(vicinal::present(call), vicinal::Purpose::DESCRIBE);
         if (!groups || num_groups != int64_t(problem.groups.size()))
             throw vicinal::BadArgument("groups must have room for one description per head group");
         if (problem.members.empty()) throw vicinal::BadArgument("table_rows must be 1 or more to describe a problem");

@@ -335,7 +335,7 @@ void read_inputs(Problem& problem, bool is_backward) {
             check_range("extra_lengths", problem.extra_lengths[sample], 0, call.extra_tokens);
     }
     problem.out = read_view("out", call.out, out, bytes, is_backward ? Role::INPUT : Role::OUTPUT);
-    problem.lse = read_view("lse", call.lse, rows, wide, is_backward ? Role::INPUT : Role::OUTPUT);
+    problem.lse = read_view("lse", call.lse, rows, wide, is_backward ? Role::INPUT : Role::OPTIONAL_OUTPUT);
 }
 
 void read_gradients(Problem& problem) {
@@ -346,14 +346,6 @@ void read_gradients(Problem& problem) {
     const Shape value = key_shape(problem, call.value_dim);
     problem.grad_out = read_view("grad_out", call.grad_out, out, bytes, Role::OPTIONAL_INPUT);
     problem.grad_lse = read_view("grad_lse", call.grad_lse, rows, wide, Role::OPTIONAL_INPUT);
-    problem.row_sums = read_view("row_sums", call.row_sums, rows, wide, Role::OUTPUT);
-    if (problem.row_sums) {
-        int64_t sizes[5], count = 0;
-        sizes[count++] = call.batch;
-        for (int64_t axis = 0; axis < call.rank; ++axis) sizes[count++] = call.grid[axis];
-        sizes[count++] = call.heads;
-        check_contiguous("row_sums", call.row_sums, sizes, count);
-    }
     problem.grad_query = read_view("grad_query", call.grad_query, query, bytes, Role::OPTIONAL_OUTPUT);
     problem.grad_key = read_view("grad_key", call.grad_key, key, bytes, Role::OPTIONAL_OUTPUT);
     problem.grad_value = read_view("grad_value", call.grad_value, value, bytes, Role::OPTIONAL_OUTPUT);

@@ -219,6 +219,7 @@ void attend_query(const Problem& problem, const Place& place, const Position& qu
     for (int64_t channel = 0; channel < value_dim; ++channel)
         mean.sum[channel] = is_blind ? 0.0 : mean.sum[channel] / mean.total;
     write<T>(problem.out, place.sample, query, place.head, mean.sum, value_dim);
+    if (!problem.lse) return;
     const double lse = is_blind ? -INF : mean.top + std::log(mean.total);
     if (problem.is_double)
         *row<double>(problem.lse, place.sample, query, place.head) = lse;

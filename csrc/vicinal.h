@@ -1,7 +1,8 @@
 // The C interface of Vicinal's CPU kernels: plain integers and pointers, no torch, nothing of C++.
 //
 // A caller fills one `vicinal_call`, whose fields are all eight bytes wide so that any language can pack it, and
-// calls `vicinal_attend` or `vicinal_attend_backward`. Both return VICINAL_OK, or another code and a message.
+// calls `vicinal_attend` or `vicinal_attend_backward`. Both return VICINAL_OK, or another code and a message. Whoever
+// makes many calls that differ in addresses only keeps one `vicinal_call` and passes `vicinal_places` beside it.
 
 #ifndef VICINAL_H
 #define VICINAL_H
@@ -18,7 +19,7 @@
 extern "C" {
 #endif
 
-#define VICINAL_ABI 1
+#define VICINAL_ABI 2
 
 enum vicinal_status { VICINAL_OK = 0, VICINAL_BAD_ARGUMENT = 1, VICINAL_NO_MEMORY = 2, VICINAL_FAILED = 3 };
 enum vicinal_dtype { VICINAL_FLOAT32 = 0, VICINAL_BFLOAT16 = 1, VICINAL_FLOAT16 = 2, VICINAL_FLOAT64 = 3 };
@@ -35,8 +36,8 @@ typedef struct {
 //   query, out, grad_out, grad_query  [batch, *grid, heads, head_dim or value_dim]
 //   key, value, their gradients       [batch, *key_grid, kv_heads, head_dim or value_dim]
 //   extra_key, extra_value, ...       [batch, extra_tokens, kv_heads, head_dim or value_dim]
-//   lse, grad_lse, row_sums           [batch, *grid, heads]; float64 where dtype is float64, else float32;
-//                                     row_sums is room for the backward, contiguous
+//   lse, grad_lse                     [batch, *grid, heads]; float64 where dtype is float64, else float32;
+//                                     a forward without lse does not write it
 //   bias, grad_bias                   all groups' tables in one contiguous vector, dtype as lse; bias_words entries
 //   extra_lengths                     int64 [batch], contiguous
 //   tables                            int32 [table_rows, table_words], contiguous; table_rows is 1 or batch
@@ -75,7 +76,6 @@ typedef struct {
     // the rest is for the backward; a gradient without data is not computed
     vicinal_tensor grad_out;
     vicinal_tensor grad_lse;
-    vicinal_tensor row_sums;
     vicinal_tensor grad_query;
     vicinal_tensor grad_key;
     vicinal_tensor grad_value;
@@ -83,6 +83,24 @@ typedef struct {
     vicinal_tensor grad_extra_key;
     vicinal_tensor grad_extra_value;
 } vicinal_call;
+
+// Where the tensors of a call lie, and on how many threads it runs: replaces what its `vicinal_call` says of that. Extra
+// tokens stay where that says. The second half is for the backward.
+typedef struct {
+    int64_t threads;
+    int64_t query;
+    int64_t key;
+    int64_t value;
+    int64_t bias;
+    int64_t out;
+    int64_t lse;
+    int64_t grad_out;
+    int64_t grad_lse;
+    int64_t grad_query;
+    int64_t grad_key;
+    int64_t grad_value;
+    int64_t grad_bias;
+} vicinal_places;
 
 // What `vicinal_describe` tells of a problem: one entry per head group.
 typedef struct {
@@ -103,6 +121,10 @@ VICINAL_EXPORT void vicinal_poison_workspace(void);     // for tests: fills it w
 VICINAL_EXPORT void vicinal_shrink_units(int64_t bytes);  // for tests: and panels, to so many bytes; 0: as is best
 VICINAL_EXPORT int64_t vicinal_attend(const vicinal_call* call, char* message, int64_t message_bytes);
 VICINAL_EXPORT int64_t vicinal_attend_backward(const vicinal_call* call, char* message, int64_t message_bytes);
+VICINAL_EXPORT int64_t vicinal_attend_at(const vicinal_call* call, const vicinal_places* places, char* message,
+                                         int64_t message_bytes);
+VICINAL_EXPORT int64_t vicinal_attend_backward_at(const vicinal_call* call, const vicinal_places* places, char* message,
+                                                  int64_t message_bytes);
 VICINAL_EXPORT int64_t vicinal_describe(const vicinal_call* call, vicinal_description* groups, int64_t num_groups,
                                         char* message, int64_t message_bytes);
 

@@ -5,8 +5,9 @@
 //
 // The numbers are those of vicinal.h and replace what was recorded; nothing is run where the machine lacks the set.
 //
-// The file holds calls, each of them: 0 or 1 (backward), the record, the number of buffers, and for each buffer the
-// word of the record that points to it, its bytes, whether it is an output, and its contents.
+// The file holds calls, each of them: 0 or 1 (backward), plus 2 where addresses stood beside the record, the record with
+// its addresses, the number of buffers, and for each buffer the word of the record that points to it, its bytes, whether
+// it is an output, and its contents.
 
 #include <cstdio>
 #include <cstdlib>
@@ -30,6 +31,26 @@ unsigned sum(const unsigned char* bytes, int64_t count) {
     return total;
 }
 
+// The addresses that stand beside a record, taken out of it.
+vicinal_places taken_out(vicinal_call& call) {
+    const auto take = [](int64_t& number) {
+        const int64_t taken = number;
+        number = 0;
+        return taken;
+    };
+    return {take(call.threads),         take(call.query.data),    take(call.key.data),        take(call.value.data),
+            take(call.bias.data),       take(call.out.data),      take(call.lse.data),        take(call.grad_out.data),
+            take(call.grad_lse.data),   take(call.grad_query.data), take(call.grad_key.data), take(call.grad_value.data),
+            take(call.grad_bias.data)};
+}
+
+int64_t run(vicinal_call& call, bool is_backward, bool is_placed, char* message, int64_t message_bytes) {
+    if (!is_placed)
+        return (is_backward ? vicinal_attend_backward : vicinal_attend)(&call, message, message_bytes);
+    const vicinal_places places = taken_out(call);
+    return (is_backward ? vicinal_attend_backward_at : vicinal_attend_at)(&call, &places, message, message_bytes);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -38,7 +59,7 @@ int main(int argc, char** argv) {
     if (argc > 2 && std::atoi(argv[2]) > vicinal_best_isa())
         return std::printf("not run: this machine lacks instruction set %s\n", argv[2]), 0;
     int calls = 0;
-    for (int64_t is_backward; (is_backward = read_number(file)) >= 0; ++calls) {
+    for (int64_t kind; (kind = read_number(file)) >= 0; ++calls) {
         vicinal_call call;
         if (std::fread(&call, sizeof call, 1, file) != 1) return 2;
         struct Buffer {
@@ -60,8 +81,7 @@ int main(int argc, char** argv) {
         if (argc > 2) call.isa = std::atoi(argv[2]);
         if (argc > 3 && call.dtype != VICINAL_FLOAT64) call.strategy = std::atoi(argv[3]);
         char message[512];
-        const int64_t status = is_backward ? vicinal_attend_backward(&call, message, sizeof message)
-                                           : vicinal_attend(&call, message, sizeof message);
+        const int64_t status = run(call, kind & 1, kind & 2, message, sizeof message);
         if (status) return std::fprintf(stderr, "call %d: %s\n", calls, message), 1;
         for (const Buffer& buffer : buffers) {
             if (buffer.is_output && sum(buffer.bytes, buffer.count) == 1) std::printf("one\n");

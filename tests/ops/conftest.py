@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vicinal.ops import api
 from vicinal.ops.cpu import library
 
 Forced = Callable[..., None]
@@ -35,12 +36,16 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forced]:
     def force(strategy: str = "auto", isa: str = "best") -> None:
         monkeypatch.setenv("VICINAL_CPU_STRATEGY", strategy)
         monkeypatch.setenv("VICINAL_CPU_ISA", isa)
-        library.load.cache_clear()
+        forget()
         library.load()
+
+    def forget() -> None:
+        library.load.cache_clear()
+        api._KNOWN.clear()  # calls that are known have the strategy in their records
 
     yield force
     monkeypatch.undo()
-    library.load.cache_clear()
+    forget()
 
 
 @pytest.fixture

@@ -30,6 +30,9 @@ HEADER = (
 )
 SCALE, FIRST_TENSOR, TENSOR_WORDS = len(HEADER), len(HEADER) + 1, 7
 POINTERS = ("tables", "layout")
+PLACED = (0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 13, 14)
+"""Of the tensors, those whose addresses may stand beside the record."""
+
 ROOM = 1 << 20
 
 CASES = (
@@ -66,7 +69,7 @@ class Base:
         self.lengths = torch.full((ROOM // 8,), 1, dtype=torch.int64)
         lengths = self.lengths[:batch] if extra else None
         tensors = (query, key, key, bias, token, token, lengths, self._like(query), self._like(rows))
-        gradients = (query, rows, self._like(rows), *map(self._like, (query, key, key, bias, token, token)))
+        gradients = (query, rows, *map(self._like, (query, key, key, bias, token, token)))
         address = (self.tables.ctypes.data, 1, packed.size)
         words = 0 if bias is None else bias.numel()
         data = record.pack(
@@ -100,13 +103,21 @@ def corrupt(base: Base, words: np.ndarray, rng: random.Random) -> None:
     elif kind == "scale":
         words[SCALE] = np.array(rng.choice((0.0, -1e30, np.inf, np.nan)), dtype=np.float64).view(np.int64)
     else:
-        place = FIRST_TENSOR + TENSOR_WORDS * rng.randrange(18)
+        place = FIRST_TENSOR + TENSOR_WORDS * rng.randrange(17)
         if kind == "pointer":
             header = HEADER.index(rng.choice(POINTERS))
             place = rng.choice((place, place, header))
             words[place] = rng.choice((0, int(words[place]) + 1))
         else:
             words[place + rng.randrange(1, TENSOR_WORDS)] = rng.choice((*SMALL, *HUGE, *NEGATIVE))
+
+
+def taken_out(words: np.ndarray) -> np.ndarray:
+    """What of a record is put beside it; the record keeps nonsense in its place."""
+    taken = [HEADER.index("threads"), *(FIRST_TENSOR + TENSOR_WORDS * number for number in PLACED)]
+    places = words[taken].copy()
+    words[taken] = 12345
+    return places
 
 
 def main(seed: int, count: int, strategy: int) -> None:
@@ -122,8 +133,14 @@ def main(seed: int, count: int, strategy: int) -> None:
         words[HEADER.index("strategy")] = strategy
         for _ in range(number // len(bases) and rng.choice((1, 1, 1, 2, 3))):  # the first of each base is valid
             corrupt(base, words, rng)
-        function = rng.choice((loaded.attend, loaded.attend_backward))
-        status = function(words.ctypes.data, room, 512)
+        is_backward, is_elsewhere = rng.random() < 0.5, rng.random() < 0.3
+        if is_elsewhere:
+            places = taken_out(words)
+            function = loaded.attend_backward_at if is_backward else loaded.attend_at
+            status = function(words.ctypes.data, places.ctypes.data, room, 512)
+        else:
+            function = loaded.attend_backward if is_backward else loaded.attend
+            status = function(words.ctypes.data, room, 512)
         assert status in (0, 1, 2), (number, status, room.value)
         assert bool(room.value) == bool(status), (number, status, room.value)
         assert status == 0 or number >= len(bases), (number, room.value)

@@ -2,70 +2,101 @@
 
     python -m tests.ops.record_calls FILE [EVERY]
 
-takes every EVERY-th problem, in float32 and in a type of two bytes. What is read is written down with its exact extent
-in memory.
+takes every EVERY-th problem, in float32 and in a type of two bytes, each twice: the second time the call is known. What
+is read is written down with its exact extent in memory.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import struct
 import sys
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from vicinal.ops import cpu
+import vicinal
 from vicinal.ops.cpu import library, record
 
-from .problems import PROBLEMS
+from .fuzz_records import FIRST_TENSOR, HEADER, PLACED, TENSOR_WORDS
+from .problems import PROBLEMS, arguments, draw
 from .tolerance import run
 
-FIRST_TENSOR, TENSOR_WORDS, TABLES, LAYOUT, ROW_SUMS = 25, 7, 15, 18, 11
-FIRST_OUTPUT, FIRST_GRADIENT = 7, 12
+FIRST_OUTPUT, FIRST_GRADIENT = 7, 11
 NARROW = (torch.bfloat16, torch.float16)
+BYTES = {number: dtype.itemsize for dtype, number in record.DTYPES.items()}
 
 
-def extent(tensor: torch.Tensor) -> int:
+def shapes(words: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+    """For each tensor of a record its shape and the bytes of an element."""
+    told = {name: int(word) for name, word in zip(HEADER, words, strict=False)}
+    grid = tuple(told[f"grid{axis}"] for axis in range(told["rank"]))
+    key_grid = tuple(told[f"key_grid{axis}"] for axis in range(told["rank"]))
+    batch, dim, value_dim, tokens = told["batch"], told["head_dim"], told["value_dim"], told["extra_tokens"]
+    bytes_, wide = BYTES[told["dtype"]], 8 if BYTES[told["dtype"]] == 8 else 4
+    rows = (batch, *grid, told["heads"])
+    inputs = [
+        ((*rows, dim), bytes_),
+        ((batch, *key_grid, told["kv_heads"], dim), bytes_),
+        ((batch, *key_grid, told["kv_heads"], value_dim), bytes_),
+        ((told["bias_words"],), wide),
+        ((batch, tokens, told["kv_heads"], dim), bytes_),
+        ((batch, tokens, told["kv_heads"], value_dim), bytes_),
+    ]
+    results = [((*rows, value_dim), bytes_), (rows, wide)]
+    return [*inputs, ((batch,), 8), *results, *results, *inputs]
+
+
+def extent(shape: tuple[int, ...], strides: np.ndarray, bytes_: int) -> int:
     """Bytes from a tensor's first element to its last."""
-    if not tensor.numel():
+    if 0 in shape:
         return 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.element_size() * (1 + sum((size - 1) * stride for size, stride in steps))
+    return bytes_ * (1 + sum((size - 1) * int(stride) for size, stride in zip(shape, strides, strict=False)))
 
 
 def main(path: str, every: int) -> None:
-    packed: list[Any] = []
-    pack, call = record.pack, library.call
-
-    def noted_pack(*arguments: Any) -> bytes:
-        packed[:] = [arguments[-1]]
-        return pack(*arguments)
-
+    loaded = library.load()
     with open(path, "wb") as file:
 
-        def noted_call(function: Any, data: bytes, *others: Any) -> None:
-            write(file, function is library.load().attend_backward, data, packed[0])
-            call(function, data, *others)
+        def noted(name: str) -> Callable[..., int]:
+            function = getattr(loaded, name)
 
-        cpu.record.pack, cpu.library.call = noted_pack, noted_call
+            def call(data: bytes, *others: Any) -> int:
+                write(file, name, data, others[0])
+                status: int = function(data, *others)
+                return status
+
+            return call
+
+        names = ("attend", "attend_backward", "attend_at", "attend_backward_at")
+        watched = dataclasses.replace(loaded, **{name: noted(name) for name in names})
+        library.load = lambda: watched  # type: ignore[assignment]
         for number, problem in enumerate(PROBLEMS[::every]):
-            run(problem, torch.float32, "cpu")
-            run(problem, NARROW[number % 2], "cpu")
+            for dtype in (torch.float32, NARROW[number % 2]) * 2:
+                run(problem, dtype, "cpu")
+                with torch.no_grad():  # without the log-sum-exp
+                    vicinal.attention(**arguments(problem, draw(problem, dtype)), backend="cpu")
 
 
-def write(file: BinaryIO, is_backward: bool, data: bytes, tensors: record.Tensors) -> None:
+def write(file: BinaryIO, name: str, data: bytes, places: Any) -> None:
     """One call and its buffers."""
-    words = np.frombuffer(data, dtype=np.int64)
-    rows, columns = words[TABLES + 1], words[TABLES + 2]
-    buffers = [(TABLES, int(rows * columns * 4), 0), (LAYOUT, int(words[LAYOUT + 1] * 8), 0)]
-    for number, tensor in enumerate(tensors):
-        if tensor is not None and extent(tensor):
+    words = np.frombuffer(data, dtype=np.int64).copy()
+    is_backward, is_placed = "backward" in name, name.endswith("_at")
+    if is_placed:
+        taken = [HEADER.index("threads"), *(FIRST_TENSOR + TENSOR_WORDS * number for number in PLACED)]
+        words[taken] = struct.unpack("=13q", places)
+    tables, layout = HEADER.index("tables"), HEADER.index("layout")
+    buffers = [(tables, int(words[tables + 1] * words[tables + 2] * 4), 0), (layout, int(words[layout + 1] * 8), 0)]
+    for number, (shape, bytes_) in enumerate(shapes(words)):
+        place = FIRST_TENSOR + TENSOR_WORDS * number
+        count = extent(shape, words[place + 1 : place + TENSOR_WORDS], bytes_)
+        if words[place] and count:
             is_output = number >= FIRST_GRADIENT or (number >= FIRST_OUTPUT and not is_backward)
-            # the room for the backward is nobody's result: it may stay unwritten
-            is_result = is_output and number != ROW_SUMS
-            buffers.append((FIRST_TENSOR + TENSOR_WORDS * number, extent(tensor), int(is_result)))
-    file.write(np.int64(is_backward).tobytes() + data + np.int64(len(buffers)).tobytes())
+            buffers.append((place, count, int(is_output)))
+    file.write(np.int64(is_backward + 2 * is_placed).tobytes() + words.tobytes() + np.int64(len(buffers)).tobytes())
     for word, count, is_output in buffers:
         contents = ctypes.string_at(int(words[word]), count)
         file.write(np.array([word, count, is_output], dtype=np.int64).tobytes() + contents)

@@ -297,7 +297,7 @@ def test_missing_library_is_refused_by_name() -> None:
 def test_library_of_another_interface_is_refused(missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(library, "ABI", 99)
-    with pytest.raises(OSError, match=r"has interface 1, this version of vicinal needs 99"):
+    with pytest.raises(OSError, match=r"has interface 2, this version of vicinal needs 99"):
         library.load()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from vicinal.ops import checks, operator, resolve
+from vicinal.ops.backend import Call as KnownCall
+from vicinal.ops.operator import PLAIN_KEYS, keys_of
 from vicinal.ops.packing import pack_sample_tables
 from vicinal.pattern.bounds import AnyPattern, Bounds
 from vicinal.pattern.compose import pattern_parts
@@ -57,25 +59,25 @@ def attention(
         The output `[batch, *grid, heads, value_dim]`; with `extra_query` the pair `(out, extra_out)`. With
         `return_lse` a pair of that and the log-sum-exp, which is then a pair too where there are extra queries.
     """
-    has_more = any(more is not None for more in (extra_key, extra_value, extra_lengths, extra_query, grids))
-    signature = None if has_more else _signature(query, key, value, pattern, bias, scale, backend)
-    known = None if signature is None else _KNOWN.get(signature)
-    if known is not None:
-        tables, layout, number, name = known
-        vector = None if bias is None else bias.reshape(-1)  # type: ignore[union-attr]
-        arguments = (query, key, value, tables, vector, None, None, None, layout, number, name)
-        results = operator.attend(*arguments, wants_lse=return_lse)
-        return results if return_lse else results[0]
+    signature = None
+    if extra_key is None and extra_value is None and extra_lengths is None and extra_query is None and grids is None:
+        signature = _signature(query, key, value, pattern, bias, scale, backend)
+        try:
+            known = _KNOWN.get(signature)
+        except TypeError:  # a pattern that is no pattern, or a user's axis kind that does not hash
+            signature = known = None
+        if known is not None:
+            return known(query, key, value, bias, return_lse)
     query, key, value, extra_key, extra_value, extra_query = under_autocast(
         query, key, value, extra_key, extra_value, extra_query
     )
     call = Call(query, key, value, pattern, bias, extra_key, extra_value, extra_lengths, grids, scale)
     ready = call.prepare(backend)
-    if signature is not None:
+    if signature is not None and not torch._C._is_any_autocast_enabled():
         if len(_KNOWN) >= MOST_KNOWN:
             _KNOWN.clear()
         _, tables, _, layout, name = ready
-        _KNOWN[signature] = tables, layout, call.scale, name
+        _KNOWN[signature] = operator.known(query, key, value, bias, (tables, layout, call.scale, name))
     if extra_query is None:
         out, lse = call.run(ready)
         return (out, lse) if return_lse else out
@@ -89,30 +91,61 @@ def attention(
 MOST_KNOWN = 1024
 """Calls to remember; with sizes that change all the time, all are forgotten now and then."""
 
-_KNOWN: dict[Any, tuple[torch.Tensor, tuple[int, ...], float, str]] = {}
+_KNOWN: dict[Any, KnownCall] = {}
+
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_SCALES = (float, type(None))
+_NAMES = (str, type(None))
+
+# names of this module are found sooner than those in torch
+_is_compiling = torch.compiler.is_compiling
+_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
 
 
 def _signature(query: Any, key: Any, value: Any, pattern: Any, bias: Any, scale: Any, backend: Any) -> Any:
     """All that checks and choices depend on, for a plain call; None where it is not one.
 
     A call like one before needs no check, which is most of what a small problem costs. Only exact types count: True
-    equals 1.0, but is no scale.
+    equals 1.0, but is no scale. Dispatch keys tell which modes and transforms are on, autocast too, and what kinds of
+    tensors there are.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if (
+        _is_compiling()
+        or type(query) not in _TENSORS
+        or type(key) not in _TENSORS
+        or type(value) not in _TENSORS
+        or not (bias is None or type(bias) in _TENSORS)
+        or type(scale) not in _SCALES
+        or type(backend) not in _NAMES
+    ):
         return None
-    sizes = []
-    for tensor in (query, key, value) if bias is None else (query, key, value, bias):
-        is_plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
-        if not is_plain or tensor.is_nested or tensor.layout is not torch.strided:
-            return None
-        sizes += [tensor.shape, tensor.dtype, tensor.device]
-    if type(scale) not in (float, type(None)) or type(backend) not in (str, type(None)):
-        return None
-    signature = (pattern, scale, backend, *sizes)
+    keys = keys_of(query).raw_repr()
     try:
-        hash(signature)
-    except TypeError:  # a pattern that is no pattern, or a user's axis kind that does not hash
+        signature: Any = (
+            pattern,
+            scale,
+            backend,
+            _included().raw_repr(),
+            _excluded().raw_repr(),
+            keys,
+            keys_of(key).raw_repr(),
+            keys_of(value).raw_repr(),
+            query.shape,
+            key.shape,
+            value.shape,
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            query.dtype,
+            key.dtype,
+            value.dtype,
+        )
+        if bias is not None:
+            signature += (keys_of(bias).raw_repr(), bias.shape, bias.stride(), bias.dtype)
+    except RuntimeError:  # a tensor without strides
         return None
+    if keys != PLAIN_KEYS:  # there may be several devices of a kind
+        signature += (query.device, key.device, value.device, None if bias is None else bias.device)
     return signature
 
 

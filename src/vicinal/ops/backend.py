@@ -156,6 +156,10 @@ class Keeping:
     ]
 
 
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, bool], Any]
+"""A call like one before: query, key, value, bias, and whether the log-sum-exp is to be returned too."""
+
+
 def _nothing_missing() -> str | None:
     return None
 
@@ -187,7 +191,9 @@ class Backend:
     `Capability` can. A back end that can, but does not lead (`leads`), is tried after our own kernels for the GPU, and
     one that is there `only_by_name` never. An engine (`is_engine`) hands problems to somebody else's kernels. `plan`
     looks at the bounds (None where samples differ and the padded grid takes no pattern) before a call and may leave
-    integers in its layout. With `keeping` a call that autograd watches may keep what its backward would compute again;
+    integers in its layout. `prepare` makes a shorter way for calls like one without extra tokens that nobody watches,
+    from its inputs (the bias as it was given) and the way for the times when somebody does; None where it has no such
+    way. With `keeping` a call that autograd watches may keep what its backward would compute again;
     `output_alone` leaves the log-sum-exp out, for calls that want neither that nor gradients.
     """
 
@@ -204,6 +210,7 @@ class Backend:
     is_engine: bool = False
     plan: Callable[[Problem, Any], tuple[int, ...]] | None = None
     keeping: Keeping | None = None
+    prepare: Callable[[Inputs, Call], Call | None] | None = None
     output_alone: Callable[[Inputs], torch.Tensor] | None = None
 
     def refusals(self, problem: Problem) -> list[str]:

@@ -150,16 +150,20 @@ def _neighborhood(
     backend: str | None,
 ) -> Any:
     kernel_size, stride, dilation, is_causal = window
-    numbers = (kernel_size, stride, dilation)
-    is_plain = type(is_causal) is bool and all(type(number) is int for number in numbers)
-    if is_plain and not torch.compiler.is_compiling():  # a compiler would warn that it does not see the cache
-        pattern = _same_on_all_axes(rank, *numbers, is_causal)
+    if (
+        type(kernel_size) is int
+        and type(stride) is int
+        and type(dilation) is int
+        and type(is_causal) is bool
+        and not torch.compiler.is_compiling()  # a compiler would warn that it does not see the cache
+    ):
+        pattern = _same_on_all_axes(rank, kernel_size, stride, dilation, is_causal)
     else:
         pattern = neighborhood(rank, kernel_size, stride, dilation, is_causal)
     extra_key, extra_value = additional
-    options: dict[str, Any] = {"bias": bias, "scale": scale, "return_lse": return_lse, "backend": backend}
     if extra_key is None and extra_value is None:
-        return attention(query, key, value, pattern, **options)
+        return attention(query, key, value, pattern, bias=bias, scale=scale, return_lse=return_lse, backend=backend)
+    options: dict[str, Any] = {"bias": bias, "scale": scale, "return_lse": return_lse, "backend": backend}
     try:
         return attention(query, key, value, pattern, extra_key=extra_key, extra_value=extra_value, **options)
     except ValueError as error:  # under the name that the caller used

@@ -13,8 +13,8 @@ import torch
 from torch.autograd import forward_ad
 
 from vicinal.ops import backend
-from vicinal.ops.backend import Gradients, Inputs, gradients_through
-from vicinal.ops.packing import Layout
+from vicinal.ops.backend import Call, Gradients, Inputs, gradients_through
+from vicinal.ops.packing import Layout, ordinary_tensors
 from vicinal.ops.side_by_side import is_plain
 
 library = torch.library.Library("vicinal", "DEF")
@@ -165,20 +165,31 @@ _NOBODY_WATCHES = {
 """What the dispatcher adds to every call where no mode and no transform is active, in inference mode and out of it."""
 
 
-def _may_skip_dispatcher(tensors: Sequence[torch.Tensor | None]) -> bool:
-    return (
-        torch._C._dispatch_tls_local_include_set().raw_repr() in _NOBODY_WATCHES
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._autograd._profiler_enabled()
-        and forward_ad._current_level < 0
-        and all(tensor is None or _is_plain(torch._C._dispatch_keys(tensor)) for tensor in tensors)
+def _is_quiet(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether neither the thread's dispatch keys nor the tensors' ask for anything but autograd and a kernel."""
+    return torch._C._dispatch_tls_local_include_set().raw_repr() in _NOBODY_WATCHES and all(
+        tensor is None or _is_plain(torch._C._dispatch_keys(tensor)) for tensor in tensors
     )
 
 
-def _is_recording() -> bool:
-    """Whether autograd looks on: gradients are enabled, and neither inference mode nor a guard shuts it off."""
-    shut_off = torch._C._dispatch_tls_local_exclude_set()
-    return torch.is_grad_enabled() and not shut_off.has(torch._C.DispatchKey.AutogradOther)
+keys_of = torch._C._dispatch_keys
+
+with ordinary_tensors():
+    PLAIN_KEYS = keys_of(torch.empty(0, device="cpu")).raw_repr()
+    """The dispatch keys of an ordinary tensor on the CPU."""
+
+_function_modes = torch._C._len_torch_function_stack
+_is_profiling = torch._C._autograd._profiler_enabled
+
+
+def is_watched() -> bool:
+    """Whether somebody watches calls in a way that dispatch keys do not tell."""
+    return bool(_function_modes() or _is_profiling() or forward_ad._current_level >= 0)
+
+
+def may_record() -> bool:
+    """Whether autograd looks on where gradients are enabled: neither inference mode nor a guard shuts it off."""
+    return not torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradOther)
 
 
 def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -188,9 +199,13 @@ def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor
     """
     tensors = arguments[:8]
     results: tuple[torch.Tensor, torch.Tensor]
-    if not _may_skip_dispatcher(tensors):
+    if is_watched() or not _is_quiet(tensors):
         results = torch.ops.vicinal.attend.default(*arguments)
-    elif _is_recording() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    elif (
+        torch.is_grad_enabled()
+        and may_record()
+        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    ):
         results = _Attend.apply(None, *arguments)
     else:
         alone = None if wants_lse else backend.find(arguments[-1]).output_alone
@@ -201,7 +216,29 @@ def attend(*arguments: Any, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor
     return results
 
 
-def _is_here(tensor: torch.Tensor) -> bool:
+def known(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Any, ready: Ready) -> Call:
+    """The way for calls like this one, checked, without extra tokens, while the thread's dispatch keys are the same."""
+    tables, layout, scale, name = ready
+
+    def call(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, wants_lse: bool
+    ) -> Any:
+        vector = None if bias is None else bias.reshape(-1)
+        results = attend(query, key, value, tables, vector, None, None, None, layout, scale, name, wants_lse=wants_lse)
+        return results if wants_lse else results[0]
+
+    prepare = backend.find(name).prepare
+    if prepare is None or not _is_quiet((query, key, value, bias)):
+        return call
+    inputs = Inputs(query, key, value, tables, bias, None, None, None, Layout.unpack(layout), scale)
+    return prepare(inputs, call) or call
+
+
+Ready = tuple[torch.Tensor, tuple[int, ...], float, str]
+"""Tables, packed layout, scale and name of the back end."""
+
+
+def is_here(tensor: torch.Tensor) -> bool:
     """Whether the kernels for the CPU may be called on a tensor without a detour: it is plain and holds its numbers.
 
     A lazily negated tensor does not, nor does a sparse one.
@@ -211,32 +248,42 @@ def _is_here(tensor: torch.Tensor) -> bool:
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Gradients:
     saved = ctx.saved_tensors
-    tensors, (out, lse), kept = saved[:8], saved[8:10], saved[10:]
     needs = [ctx.needs_input_grad[position] for position in (1, 2, 3, 5, 6, 7)]  # 0 is the keyset
-    grads: Gradients
-    if grad_out is None and grad_lse is None:
-        grads = (None,) * 6
-    elif torch.is_grad_enabled():  # create_graph: only plain torch operations can be differentiated again
-        inputs = _inputs(tensors, ctx.layout, ctx.scale)
-        again = backend.find(ctx.backend).differentiable
-        with below_autocast():
-            grads = gradients_through(again, inputs, grad_out, grad_lse, needs, create_graph=True)
-    elif all(_is_here(tensor) for tensor in (lse, grad_out, grad_lse) if tensor is not None):
-        # as in the forward, and the gradients may share memory, which those of a registered operator must not
-        inputs = _inputs(tensors, ctx.layout, ctx.scale)
-        with below_autocast(), torch._C._AutoDispatchBelowAutograd():
-            known = backend.find(ctx.backend)
-            if kept and known.keeping is not None:
-                grads = known.keeping.backward(inputs, kept, grad_out, grad_lse, needs)
-            else:
-                grads = known.backward(inputs, out, lse, grad_out, grad_lse, needs)
-    else:
-        packed = torch.ops.vicinal.attend_backward(
-            grad_out, grad_lse, out, lse, *tensors, ctx.layout, ctx.scale, ctx.backend, needs
-        )
-        grads = tuple(grad if need else None for grad, need in zip(packed, needs, strict=True))
-    query, key, value, bias, extra_key, extra_value = grads
+    query, key, value, bias, extra_key, extra_value = differentiate(
+        (*saved[:8], ctx.layout, ctx.scale, ctx.backend), saved[8:10], saved[10:], (grad_out, grad_lse), needs
+    )
     return (query, key, value, None, bias, extra_key, extra_value, None, None, None, None)
+
+
+def differentiate(
+    arguments: Sequence[Any],
+    results: tuple[torch.Tensor, torch.Tensor],
+    kept: Sequence[torch.Tensor],
+    grads: tuple[torch.Tensor | None, torch.Tensor | None],
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients that are needed of `vicinal::attend`, from its arguments, its results and their gradients."""
+    *tensors, layout, scale, name = arguments
+    found: Gradients
+    if grads[0] is None and grads[1] is None:
+        found = (None,) * 6
+    elif torch.is_grad_enabled():  # create_graph: only plain torch operations can be differentiated again
+        inputs = _inputs(tensors, layout, scale)
+        with below_autocast():
+            found = gradients_through(backend.find(name).differentiable, inputs, *grads, needs, create_graph=True)
+    elif all(is_here(tensor) for tensor in (results[1], *grads) if tensor is not None):
+        # as in the forward, and the gradients may share memory, which those of a registered operator must not
+        inputs = _inputs(tensors, layout, scale)
+        with below_autocast(), torch._C._AutoDispatchBelowAutograd():
+            used = backend.find(name)
+            if kept and used.keeping is not None:
+                found = used.keeping.backward(inputs, kept, *grads, needs)
+            else:
+                found = used.backward(inputs, *results, *grads, needs)
+    else:
+        packed = torch.ops.vicinal.attend_backward(*grads, *results, *tensors, layout, scale, name, needs)
+        found = tuple(grad if need else None for grad, need in zip(packed, needs, strict=True))
+    return found
 
 
 library.impl("attend", _attend, "CompositeExplicitAutograd")

@@ -20,10 +20,13 @@ def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
     torch.Size([1, 7, 7, 4, 8])
     """
     is_recorded = torch.is_grad_enabled() and packed.requires_grad
-    if torch.compiler.is_compiling() or not is_recorded or not is_plain(packed):
+    if torch.compiler.is_compiling() or not is_recorded or not is_plain(packed) or _are_transforms_active():
         return packed.unbind(-3)
-    parts: tuple[torch.Tensor, ...] = _Unpack.apply(packed)
+    parts: tuple[torch.Tensor, ...] = _unpack(packed)
     return parts
+
+
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -33,6 +36,12 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """A function's `apply` without what torch does before it for transforms (torch.func), which must not be active."""
+    found: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return found
 
 
 def empty_beside(tensors: Sequence[torch.Tensor], empty: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
@@ -65,8 +74,7 @@ def whole_of(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
         return None
     *grid, heads, dim = first.shape
     shape = (*grid, len(parts), heads, dim)
-    strides = _contiguous(shape)
-    expected = (*strides[:-3], *strides[-2:])
+    expected = strides_beside(first.shape, len(parts))
     address, size = first.data_ptr(), heads * dim * first.element_size()
     storage = first.untyped_storage().data_ptr()
     for place, part in enumerate(parts):
@@ -74,7 +82,18 @@ def whole_of(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
             return None
         if part.data_ptr() != address + place * size or part.untyped_storage().data_ptr() != storage:
             return None
-    return first.as_strided(shape, strides)
+    return first.as_strided(shape, _contiguous(shape))
+
+
+def strides_beside(shape: Sequence[int], parts: int) -> tuple[int, ...]:
+    """Strides of one of so many parts of that shape that lie side by side.
+
+    >>> strides_beside((1, 7, 4, 8), parts=3)
+    (672, 96, 8, 1)
+    """
+    *grid, heads, dim = shape
+    strides = _contiguous((*grid, parts, heads, dim))
+    return (*strides[:-3], *strides[-2:])
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -94,3 +113,6 @@ class _Unpack(torch.autograd.Function):
         is_certain = not torch.is_grad_enabled() and all(is_plain(grad) for grad in grads)
         whole = whole_of(grads) if is_certain else None
         return torch.stack(grads, -3) if whole is None else whole
+
+
+_unpack = apply_of(_Unpack)

@@ -10,37 +10,14 @@ import torch
 
 from vicinal.ops.backend import Backend, Capability, Gradients, Inputs, Problem, register
 from vicinal.ops.cpu import library, memory, record
+from vicinal.ops.cpu.prepared import prepare
 from vicinal.ops.packing import Layout, pack_tables
 from vicinal.ops.side_by_side import empty_beside
 from vicinal.ops.tiled.forward import differentiable
 
 
-def _record(inputs: Inputs, bias: torch.Tensor | None, extra_lengths: torch.Tensor | None, *more: Any) -> bytes:
-    query, tables, extra_key = inputs.query, inputs.tables, inputs.extra_key
-    value = inputs.value
-    extra_tokens = 0 if extra_key is None else extra_key.shape[1]
-    rows, words = tables.shape
-    return record.pack(
-        query.shape,
-        inputs.key.shape,
-        value.shape[-1],
-        extra_tokens,
-        query.dtype,
-        (tables.data_ptr(), rows, words),
-        inputs.layout,
-        0 if bias is None else bias.numel(),
-        inputs.scale,
-        (query, inputs.key, value, bias, extra_key, inputs.extra_value, extra_lengths, *more),
-    )
-
-
-def _wide(query: torch.Tensor) -> torch.dtype:
-    """The type of log-sum-exps and biases."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
 def _bias(inputs: Inputs) -> torch.Tensor | None:
-    return None if inputs.bias is None else inputs.bias.to(_wide(inputs.query)).contiguous()
+    return None if inputs.bias is None else inputs.bias.to(record.wide(inputs.query)).contiguous()
 
 
 def _lengths(inputs: Inputs) -> torch.Tensor | None:
@@ -52,9 +29,9 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     query = inputs.query
     shape = query.shape
     out = memory.empty((*shape[:-1], inputs.value.shape[-1]), query.dtype)
-    lse = memory.empty(shape[:-1], _wide(query))
+    lse = memory.empty(shape[:-1], record.wide(query))
     bias, extra_lengths = _bias(inputs), _lengths(inputs)  # held here: the record has only their addresses
-    library.call(library.load().attend, _record(inputs, bias, extra_lengths, out, lse))
+    library.call(library.load().attend, record.of(inputs, bias, extra_lengths, out, lse))
     return out, lse
 
 
@@ -76,8 +53,7 @@ def backward(
         torch.empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else None
         for tensor, need in zip(given[3:], needs[3:], strict=True)
     ]
-    row_sums = memory.empty(lse.shape, lse.dtype)
-    packed = _record(inputs, bias, extra_lengths, out, lse, grad_out, grad_lse, row_sums, *grads)
+    packed = record.of(inputs, bias, extra_lengths, out, lse, grad_out, grad_lse, *grads)
     library.call(library.load().attend_backward, packed)
     if grads[3] is not None and inputs.bias is not None:
         grads[3] = grads[3].to(inputs.bias.dtype)
@@ -119,5 +95,6 @@ register(
         differentiable=differentiable,
         describe=_describe,
         reason_missing=library.reason_missing,
+        prepare=prepare,
     )
 )

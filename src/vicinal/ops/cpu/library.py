@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ABI = 1
+ABI = 2
 STRATEGIES = ("auto", "simple", "tiles", "dense")
 ISAS = ("best", "base", "avx2", "avx512", "avx512_bf16")
 _NAME = {"win32": "_cpu.dll", "darwin": "_cpu.dylib"}.get(sys.platform, "_cpu.so")
@@ -36,6 +36,8 @@ class Library:
 
     attend: Function
     attend_backward: Function
+    attend_at: Function
+    attend_backward_at: Function
     describe: Function
     workspace_bytes: Function
     best_isa: str
@@ -69,6 +71,8 @@ def load() -> Library:
     functions = {
         "attend": (pointer, pointer, number),
         "attend_backward": (pointer, pointer, number),
+        "attend_at": (pointer, pointer, pointer, number),
+        "attend_backward_at": (pointer, pointer, pointer, number),
         "describe": (pointer, pointer, number, pointer, number),
         "workspace_bytes": (),
         "best_isa": (),
@@ -121,22 +125,18 @@ def call(function: Function, *arguments: Any) -> None:
         raise _ERRORS[status](f"the CPU kernels refuse the call: {room.value.decode()}")
 
 
-class _Process:
-    """How many threads this process may use."""
+class Process:
+    """What the kernels may use of this process."""
 
     num_threads: Callable[[], int] = staticmethod(torch.get_num_threads)
+    """Torch's number of threads; 1 in a process that was forked off from one that had imported vicinal."""
 
 
 def _use_one_thread() -> None:
-    _Process.num_threads = staticmethod(lambda: 1)
+    Process.num_threads = staticmethod(lambda: 1)
 
 
 if hasattr(os, "register_at_fork"):
     # OpenMP's threads do not survive a fork and would be waited for forever. The library notices a fork by itself,
     # but only once it is loaded, and torch may have used its threads before.
     os.register_at_fork(after_in_child=_use_one_thread)
-
-
-def num_threads() -> int:
-    """Torch's number of threads; 1 in a process that was forked off from one that had imported vicinal."""
-    return _Process.num_threads()

@@ -1,9 +1,11 @@
-"""Memory of results: what an output or a gradient that is gone has lain in is given to the next one of its size.
+"""Memory of results: what an output or a gradient that is gone has lain in is given to the next one of its shape.
 
 New memory comes in pages of 4 KB, each with an interruption when it is first written to. The system's allocator gives
 larger blocks back as soon as they are free and takes them anew, so a loop that makes an output at a time pays for its
 pages in every turn: for a 7x7 window as much as for a quarter of the arithmetic. Here the storages of results are
-remembered, and one that only this module still refers to is used again.
+remembered, each with a tensor of our own on it, and one that nobody else refers to is used again: `data` of our tensor
+is another on the same storage, and quicker to have than any empty one. No lock is needed: a storage that is looked at
+is off its list meanwhile, and neither another thread nor the handler of a signal comes upon it.
 
 `VICINAL_CPU_KEEP_MB` is how many megabytes of results may be remembered, those in use included (256; 0 for none).
 """
@@ -14,32 +16,46 @@ import functools
 import math
 import os
 import sys
-import threading
+from collections.abc import Callable
 
 import torch
+
+from vicinal.ops.packing import ordinary_tensors
 
 LEAST_BYTES = 128 << 10
 """Smaller blocks stay with the system's allocator, which does not give them back."""
 
 MOST_TRIED = 16
-"""So many storages of a size are looked at for one that is free."""
+"""So many storages of a shape are looked at for one that is free."""
 
 _users = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def _references(rooms: list[torch.UntypedStorage], place: int) -> tuple[int, int]:
-    """How many refer to a storage in a list: torch's tensors, and Python's names (its versions count differently)."""
-    room = rooms[place]
-    return (0 if _users is None else _users(room._cdata)), sys.getrefcount(room)
+class _Room:
+    """A storage, and our own tensors on it: all of it, or its parts."""
 
+    __slots__ = ("address", "alone", "storage", "tensors", "whole")
 
-_OURS = _references([torch.empty(1).untyped_storage()], 0)
-"""The same where nobody else does."""
+    def __init__(self, whole: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.whole, self.tensors = whole, tensors
+        self.storage = whole.untyped_storage()
+        self.address = self.storage._cdata  # where torch counts
+        self.alone = self.references()
 
+    def references(self) -> int:
+        """How many refer to the storage: torch's tensors, and Python's names for it."""
+        users: int = _users(self.address)  # type: ignore[misc]  # nothing is kept where it is missing
+        return users + sys.getrefcount(self.storage)
 
-def _is_as_new(room: torch.UntypedStorage, size: int) -> bool:
-    """Whether nobody has left a trace: by sharing it with another process, resizing, lending it to numpy, or a note."""
-    return not room.is_shared() and room.nbytes() == size and room.resizable() and not getattr(room, "__dict__", None)
+    def is_as_new(self, size: int) -> bool:
+        """Whether nobody has left a trace: by sharing with another process, resizing, lending to numpy, or a note."""
+        storage = self.storage
+        return (
+            storage.nbytes() == size
+            and storage.resizable()
+            and not storage.is_shared()
+            and not getattr(storage, "__dict__", None)
+        )
 
 
 @functools.cache
@@ -51,68 +67,117 @@ def most_kept() -> int:
     return int(given) << 20 if _users is not None else 0
 
 
-class _Kept:
-    """The storages that are remembered, by size; sizes that were used last stand last."""
+class Shelf:
+    """Where results of one shape and type are taken from: contiguous tensors that will be written to the last element.
 
-    def __init__(self) -> None:
-        self.forget()
+    With `parts` a result is so many tensors side by side, the parts `[..., heads, head_dim]` of `[..., parts, heads,
+    head_dim]`. Sizes below `least` are not kept.
 
-    def forget(self) -> None:
-        """Give all memory that nobody uses back to the system."""
-        self.lock = threading.Lock()  # after a fork the old one may be held by nobody
-        self.rooms: dict[int, list[torch.UntypedStorage]] = {}
-        self.bytes = 0
+    >>> Shelf((2, 3), torch.float32).empty().shape
+    torch.Size([2, 3])
+    """
 
-    def take(self, size: int) -> torch.UntypedStorage | None:
-        """A storage of that size that nobody uses; it must be given back by `keep` once somebody does."""
-        if not self.lock.acquire(blocking=False):  # another thread's, or this one's before a signal's handler came
-            return None
-        try:
-            rooms = self.rooms.get(size, [])
-            for place in range(len(rooms) - 1, max(len(rooms) - 1 - MOST_TRIED, -1), -1):
-                if _references(rooms, place) == _OURS:
-                    room = rooms.pop(place)
-                    self.bytes -= size
-                    if not rooms:
-                        del self.rooms[size]
-                    return room if _is_as_new(room, size) else None
-        finally:
-            self.lock.release()
-        return None
+    __slots__ = ("empty", "is_kept", "like", "parts", "rooms", "size")
 
-    def keep(self, size: int, room: torch.UntypedStorage) -> None:
-        """Remember a storage; others are forgotten where it gets too much."""
-        if size > most_kept() or not self.lock.acquire(blocking=False):
-            return
-        try:
-            if size not in self.rooms:
-                self._forget_shared()
-            self.rooms[size] = [*self.rooms.pop(size, ()), room]
-            self.bytes += size
-            while self.bytes > most_kept():
-                oldest = next(iter(self.rooms))
-                self.rooms[oldest].pop(0)
-                self.bytes -= oldest
-                if not self.rooms[oldest]:
-                    del self.rooms[oldest]
-        finally:
-            self.lock.release()
+    empty: Callable[[], torch.Tensor]
+    """A tensor, in memory of an earlier one where there is some."""
 
-    def _forget_shared(self) -> None:
-        """Let go of what was shared since: it holds a file and a part of the memory for sharing, and is of no use."""
-        for size, rooms in list(self.rooms.items()):
-            left = [room for room in rooms if not room.is_shared()]
-            self.bytes -= size * (len(rooms) - len(left))
-            self.rooms[size] = left
-            if not left:
-                del self.rooms[size]
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, parts: int = 0, least: int = LEAST_BYTES) -> None:
+        whole = (*shape[:-2], parts, *shape[-2:]) if parts else tuple(shape)
+        self.size = math.prod(whole) * dtype.itemsize
+        self.parts = parts
+        with ordinary_tensors():
+            self.like = torch.empty(whole, dtype=dtype, device="cpu")
+            self.like.untyped_storage().resize_(0)  # only shape and type are looked at
+        self.rooms: list[_Room] = []
+        self.is_kept = max(least, 1) <= self.size <= most_kept()
+        self.empty = self._take if self.is_kept else functools.partial(torch.empty_like, self.like)
+
+    def empty_parts(self) -> tuple[torch.Tensor, ...]:
+        """All parts, which together are contiguous."""
+        if not self.is_kept:
+            return tuple(torch.empty_like(self.like).unbind(-3))
+        room = self._room()
+        parts = tuple([part.data for part in room.tensors])
+        self.rooms.append(room)
+        return parts
+
+    def _take(self) -> torch.Tensor:
+        room = self._room()
+        result = room.whole.data
+        self.rooms.append(room)
+        return result
+
+    def _room(self) -> _Room:
+        """A room that nobody uses, taken off the list: the one that had been used last if it is free."""
+        rooms = self.rooms
+        busy: list[_Room] = []
+        found = None
+        while rooms and len(busy) < MOST_TRIED:
+            try:
+                room = rooms.pop()
+            except IndexError:  # another thread was quicker
+                break
+            if room.references() != room.alone:
+                busy.append(room)
+            elif room.is_as_new(self.size):
+                found = room
+                break
+        if busy:
+            rooms[:0] = busy  # the next one who looks sees others first, so that none is overlooked for good
+        return self._new_room() if found is None else found
+
+    def _new_room(self) -> _Room:
+        _make_space(self)
+        whole = torch.empty_like(self.like)
+        return _Room(whole, tuple(whole.unbind(-3)) if self.parts else ())
 
 
-_kept = _Kept()
-forget = _kept.forget
+_filled: dict[Shelf, None] = {}
+"""The shelves with rooms on them; the one that got a room last stands last."""
+
+
+def _make_space(shelf: Shelf) -> None:
+    """Forget as much as another room of a shelf takes, where it gets too much."""
+    if shelf not in _filled:
+        _forget_shared()
+    _filled.pop(shelf, None)
+    _filled[shelf] = None
+    excess = shelf.size - most_kept() + sum(other.size * len(other.rooms) for other in list(_filled))
+    for other in list(_filled):
+        while excess > 0 and other.rooms:
+            del other.rooms[:1]
+            excess -= other.size
+        if not other.rooms and other is not shelf:
+            _filled.pop(other, None)
+
+
+def _forget_shared() -> None:
+    """Let go of what was shared since: it holds a file and a part of the memory for sharing, and is of no use."""
+    for shelf in list(_filled):
+        shelf.rooms[:] = [room for room in shelf.rooms if not room.storage.is_shared()]
+
+
+def forget() -> None:
+    """Give all memory that nobody uses back to the system."""
+    for shelf in list(_filled):
+        shelf.rooms.clear()
+    _filled.clear()
+
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=forget)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shelf(shape: tuple[int, ...], dtype: torch.dtype, parts: int, least: int, is_inference: bool) -> Shelf:
+    del is_inference  # that mode has tensors of its own
+    return Shelf(shape, dtype, parts, least)
+
+
+def shelf(shape: tuple[int, ...], dtype: torch.dtype, parts: int = 0, least: int = LEAST_BYTES) -> Shelf:
+    """The shelf of that shape and type, for tensors of the mode (inference or not) that is on."""
+    return _shelf(tuple(shape), dtype, parts, least, torch.is_inference_mode_enabled())
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -121,14 +186,4 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     >>> empty((2, 3), torch.float32).shape
     torch.Size([2, 3])
     """
-    size = math.prod(shape) * dtype.itemsize
-    if size < LEAST_BYTES or not most_kept():
-        return torch.empty(shape, dtype=dtype)
-    room = _kept.take(size)
-    if room is None:
-        tensor = torch.empty(shape, dtype=dtype)
-        room = tensor.untyped_storage()
-    else:
-        tensor = torch.empty(0, dtype=dtype).set_(room, 0, shape)  # type: ignore[call-overload]
-    _kept.keep(size, room)
-    return tensor
+    return shelf(shape, dtype).empty()
