@@ -24,16 +24,19 @@
 #include <immintrin.h>
 #endif
 
-// Asks for a cache line that will be read, or written; any address will do.
+// Asks for a cache line that will be read, or written, or read much later; any address will do.
 #if defined(__GNUC__)
 #define VICINAL_PREFETCH(address) __builtin_prefetch(address)
 #define VICINAL_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
+#define VICINAL_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 2)
 #elif defined(__AVX2__)
 #define VICINAL_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
 #define VICINAL_PREFETCH_TO_WRITE(address) VICINAL_PREFETCH(address)
+#define VICINAL_PREFETCH_FAR(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
 #else
 #define VICINAL_PREFETCH(address) (void)(address)
 #define VICINAL_PREFETCH_TO_WRITE(address) (void)(address)
+#define VICINAL_PREFETCH_FAR(address) (void)(address)
 #endif
 
 #if defined(_MSC_VER)

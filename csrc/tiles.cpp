@@ -126,6 +126,7 @@ void fill_job(const Problem& problem, const std::vector<Member>& members, const 
     job.dtype = call.dtype;
     job.rows_per_vector = work.plan->rows_per_vector;
     job.panel_bytes = work.plan->panel_bytes;
+    job.is_far = work.plan->is_far;
     job.serial = serials++;
     job.batch = call.batch;
     job.first_head = group.first_head;

@@ -15,14 +15,18 @@ namespace {
 template <class S, int T>
 VICINAL_APART void closed_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
                         float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias,
-                        float* grad_keys, float* grad_values) {
+                        float* grad_keys, float* grad_values, Errands& errands) {
     constexpr int W = S::LANES;
     const int64_t key_padded = round_up(job.query.dim, W), value_padded = round_up(job.value.dim, W);
     weigh_again<S, T>(job, panel, queries, tile, scores, pass, has_bias);
+    errands.run(4);
     spread<S, T>(pass, scores, grads, panel.width, value_padded, grad_values);
+    errands.run(4);
     differentiate_scores<S, T>(job, panel, grads, tile, scores, pass);
+    errands.run(4);
     if (grad_bias && has_bias) add_bias_gradient<S, T>(pass, scores, bias, grad_bias);
     spread<S, T>(pass, scores, queries, panel.width, key_padded, grad_keys);
+    errands.run(4);
     alignas(64) float ones[MOST_TARGETS];
     for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;
     mix<S, T>(pass, scores, panel.rows[0], panel.width, key_padded, tile.is_fresh ? nullptr : ones, tile.sums);
@@ -94,7 +98,7 @@ VICINAL_INLINE void row_sums_of(const ClosedRun<S>& run, const Tile& tile, Query
         grad_out_at[t] = place;
     });
     const Places out_at = run.block.places(tile, job.out.axis, run.out_base);
-    ask_for_next(run.block, tile, job.out, out_at);
+    if (!job.is_far) ask_for_next(run.block, tile, job.out, out_at);
     out_at.each([&](int t, int64_t place) VICINAL_LAMBDA {
         state.row_sum[t] = row_sum_of<S>(job, place, grad_out_at[t], run.out);
     });
@@ -108,8 +112,15 @@ template <class S>
 VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& walk, Filler<S>& filler) {
     const Job& job = run.job;
     const int64_t padded = round_up(job.query.dim, S::LANES);
-    load_targets<S>(run.block, tile, job.query, run.query_base, run.queries);
-    load_targets<S>(run.block, tile, job.grad_out, run.grad_out_base, run.grads);
+    Errands errands;
+    if (job.is_far) {
+        if (job.grad_query.data) note_targets(run.block, tile, job.grad_query, run.to_base, false, errands);
+        note_targets(run.block, tile, job.query, run.query_base, true, errands);
+        note_targets(run.block, tile, job.grad_out, run.grad_out_base, true, errands);
+        note_targets(run.block, tile, job.out, run.out_base, true, errands);
+    }
+    load_targets<S>(run.block, tile, job.query, run.query_base, run.queries, !job.is_far);
+    load_targets<S>(run.block, tile, job.grad_out, run.grad_out_base, run.grads, !job.is_far);
     QueryTile state;
     state.is_fresh = true;
     row_sums_of<S>(run, tile, state);
@@ -121,7 +132,7 @@ VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& wal
     walk(tile, run.room.pass, [&](const Pass& pass) {
 #define VICINAL_CALL(T) \
     closed_pass<S, T>(job, filler.panel, run.queries, run.grads, state, run.room.scores, pass, walk.bias.data != nullptr, \
-                      run.grad_bias, walk.bias.data, run.grad_keys, run.grad_values)
+                      run.grad_bias, walk.bias.data, run.grad_keys, run.grad_values, errands)
         VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
 #undef VICINAL_CALL
     });

@@ -148,6 +148,22 @@ struct Filler {
         }
     }
 
+    // Fetches a tile's share of what the next row of tiles is the first to see.
+    VICINAL_INLINE void ask_early(const Tile& tile, const Walk<S>& walk) const {
+        if (walk.coming_begin >= walk.coming_end) return;
+        const int64_t columns = chunk.column_end - chunk.column_begin;
+        const int64_t tiles = walk.block.column_tiles.end - walk.block.column_tiles.begin;
+        const int64_t begin = columns * tile.column_tile / tiles, end = columns * (tile.column_tile + 1) / tiles;
+        for (int64_t plane = walk.sources.low(0, tile.plane); plane < walk.sources.high(0, tile.plane); ++plane)
+            for (int64_t group = walk.coming_begin; group < walk.coming_end; ++group) {
+                const int64_t at = (plane - packer.frame.plane_begin) * packer.frame.groups + group;
+                if (at < chunk.group_begin || at >= chunk.group_end || is_packed[at - chunk.group_begin]) continue;
+                for (int i = 0; i < 2; ++i)
+                    if (packing.transposed[i] || packing.rows[i])
+                        packer.ask_early(packing.operand[i], packing.base[i], at, begin, end);
+            }
+    }
+
     VICINAL_INLINE void ask_for(int64_t group) const {
         if (is_packed[group]) return;
         for (int i = 0; i < 2; ++i)
@@ -363,6 +379,7 @@ VICINAL_APART void forward_tile(ForwardRun<S>& run, const Tile& tile, Walk<S>& w
     const int64_t padded = round_up(job.value.dim, S::LANES);
     const Places state_at = run.block.state_places(tile);
     load_targets<S>(run.block, tile, job.query, run.query_base, run.targets);
+    if (job.is_far) filler.ask_early(tile, walk);
     ForwardTile<S> state;
     state.is_fresh = !run.keeps_state;
     if (run.keeps_state) {
