@@ -132,6 +132,17 @@ VICINAL_INLINE void store_row(int64_t dtype, const Operand& operand, int64_t off
     }
 }
 
+// The same past the caches, where that can be. A line that is written whole need not be read first.
+template <class S>
+VICINAL_INLINE void stream_row(int64_t dtype, const Operand& operand, int64_t offset, const float* from, float factor) {
+    constexpr int W = S::LANES;
+    float* to = reinterpret_cast<float*>(const_cast<char*>(operand.data)) + offset;
+    const bool is_whole = operand.channel == 1 && operand.dim % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    if (dtype != VICINAL_FLOAT32 || !is_whole) return store_row<S>(dtype, operand, offset, from, factor);
+    const typename S::F by = S::all(factor);
+    for (int64_t d = 0; d < operand.dim; d += W) S::stream(to + d, S::mul(S::load(from + d), by));
+}
+
 // Rows of tensors that are fetched while other things are computed, some at a time: a core waits for sixteen lines at
 // once, and whoever asks for more stands still.
 struct Errands {

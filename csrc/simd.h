@@ -87,6 +87,9 @@ struct Base {
         return value;
     }
     static VICINAL_INLINE void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
+    // past the caches, at a multiple of the vector's size; others see it after `fence`
+    static VICINAL_INLINE void stream(float* to, F value) { store(to, value); }
+    static VICINAL_INLINE void fence() {}
     static VICINAL_INLINE F select(uint32_t bits, F a, F b) {
         if (bits == 15u) return a;
         return F{bits & 1u ? a[0] : b[0], bits & 2u ? a[1] : b[1], bits & 4u ? a[2] : b[2], bits & 8u ? a[3] : b[3]};
@@ -133,6 +136,8 @@ struct Avx2 {
     static VICINAL_INLINE F all(float value) { return _mm256_set1_ps(value); }
     static VICINAL_INLINE F load(const float* from) { return _mm256_loadu_ps(from); }
     static VICINAL_INLINE void store(float* to, F value) { _mm256_storeu_ps(to, value); }
+    static VICINAL_INLINE void stream(float* to, F value) { _mm256_stream_ps(to, value); }
+    static VICINAL_INLINE void fence() { _mm_sfence(); }
     static VICINAL_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
     static VICINAL_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static VICINAL_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -200,6 +205,8 @@ struct Avx512 {
     static VICINAL_INLINE F all(float value) { return _mm512_set1_ps(value); }
     static VICINAL_INLINE F load(const float* from) { return _mm512_loadu_ps(from); }
     static VICINAL_INLINE void store(float* to, F value) { _mm512_storeu_ps(to, value); }
+    static VICINAL_INLINE void stream(float* to, F value) { _mm512_stream_ps(to, value); }
+    static VICINAL_INLINE void fence() { _mm_sfence(); }
     static VICINAL_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
     static VICINAL_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static VICINAL_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -17,6 +17,8 @@ namespace vicinal {
 
 namespace {
 
+constexpr int64_t STREAM_BYTES = 4 << 20;  // of a tensor that is written past the caches
+
 // CLOSED is the whole backward at once, for queries.
 enum Direction { FORWARD, BACKWARD, EXTRA, CLOSED };
 
@@ -127,6 +129,7 @@ void fill_job(const Problem& problem, const std::vector<Member>& members, const 
     job.rows_per_vector = work.plan->rows_per_vector;
     job.panel_bytes = work.plan->panel_bytes;
     job.is_far = work.plan->is_far;
+    job.streams = call.batch * problem.grid[0] * problem.grid[1] * problem.grid[2] * call.heads * call.head_dim * 4 >= STREAM_BYTES;
     job.serial = serials++;
     job.batch = call.batch;
     job.first_head = group.first_head;

@@ -72,6 +72,8 @@ inline void write_sources(const Job& job, const Unit& unit, const Packer<S>& pac
             const float* from = sums + (group * packer.width + lane) * padded;
             if (adds_all || is_shared(1, row + lane % f.R) || is_shared(2, packer.chunk.column_begin + lane / f.R))
                 add_to_row<S>(operand, place, from, factor);
+            else if (job.streams)
+                stream_row<S>(job.dtype, operand, place, from, factor);
             else
                 store_row<S>(job.dtype, operand, place, from, factor);
         });
@@ -114,7 +116,7 @@ VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& wal
     const int64_t padded = round_up(job.query.dim, S::LANES);
     Errands errands;
     if (job.is_far) {
-        if (job.grad_query.data) note_targets(run.block, tile, job.grad_query, run.to_base, false, errands);
+        if (job.grad_query.data && !job.streams) note_targets(run.block, tile, job.grad_query, run.to_base, false, errands);
         note_targets(run.block, tile, job.query, run.query_base, true, errands);
         note_targets(run.block, tile, job.grad_out, run.grad_out_base, true, errands);
         note_targets(run.block, tile, job.out, run.out_base, true, errands);
@@ -140,7 +142,10 @@ VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& wal
     if (state.is_fresh)
         for (int64_t i = 0; i < tile.count * padded; ++i) run.sums[i] = 0.0f;
     run.block.places(tile, job.grad_query.axis, run.to_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
-        store_row<S>(job.dtype, job.grad_query, place, state.sums[t], job.scale);
+        if (job.streams)
+            stream_row<S>(job.dtype, job.grad_query, place, state.sums[t], job.scale);
+        else
+            store_row<S>(job.dtype, job.grad_query, place, state.sums[t], job.scale);
     });
 }
 
@@ -194,8 +199,10 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     for (int64_t i = 0; i < 2 * value_padded; ++i) out[i] = 0.0f;
     const int64_t to_keys = sample * job.grad_key.batch + head * job.grad_key.head;
     const int64_t to_values = sample * job.grad_value.batch + head * job.grad_value.head;
-    ask_for_sources<S>(job, filler.packer, job.grad_key, to_keys);
-    ask_for_sources<S>(job, filler.packer, job.grad_value, to_values);
+    if (!job.streams) {
+        ask_for_sources<S>(job, filler.packer, job.grad_key, to_keys);
+        ask_for_sources<S>(job, filler.packer, job.grad_value, to_values);
+    }
     TileRoom<S> room;
     const int64_t head_begin = most(head * job.shared, job.first_head);
     const int64_t head_end = least((head + 1) * job.shared, job.first_head + job.heads);
@@ -218,6 +225,7 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     }
     write_sources<S>(job, unit, filler.packer, job.grad_key, to_keys, grad_keys, job.scale);
     write_sources<S>(job, unit, filler.packer, job.grad_value, to_values, grad_values, 1.0f);
+    if (job.streams) S::fence();
 }
 
 }  // namespace

@@ -369,7 +369,10 @@ VICINAL_INLINE void finish_tile(const ForwardRun<S>& run, const Tile& tile, cons
         inverse[t] = done.total[t] > 0.0f ? 1.0f / done.total[t] : 0.0f;
     const Job& job = run.job;
     run.block.places(tile, job.out.axis, run.out_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
-        store_row<S>(job.dtype, job.out, place, done.sums[t], inverse[t]);
+        if (job.streams)
+            stream_row<S>(job.dtype, job.out, place, done.sums[t], inverse[t]);
+        else
+            store_row<S>(job.dtype, job.out, place, done.sums[t], inverse[t]);
     });
 }
 
@@ -389,7 +392,7 @@ VICINAL_APART void forward_tile(ForwardRun<S>& run, const Tile& tile, Walk<S>& w
             state.sums[t] = run.sums + place * padded;
         });
     } else {
-        ask_for_room(run.block, tile, job.out, run.out_base);
+        if (!job.streams) ask_for_room(run.block, tile, job.out, run.out_base);
         for (int t = 0; t < tile.count; ++t) {
             state.top[t] = FAR_BELOW;
             state.sums[t] = run.sums + t * padded;
@@ -467,6 +470,7 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
             finish_waiting<S>(run, tile);
         });
     finish_lse(block, sample * job.lse_batch + q_head * job.lse_head, run.top, run.total);
+    if (job.streams) S::fence();
 }
 
 }  // namespace
