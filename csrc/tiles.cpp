@@ -130,7 +130,7 @@ void fill_job(const Problem& problem, const std::vector<Member>& members, const 
     job.panel_bytes = work.plan->panel_bytes;
     job.is_far = work.plan->is_far;
     const int64_t tokens = call.batch * problem.grid[0] * problem.grid[1] * problem.grid[2];
-    job.streams = tokens * call.heads * call.head_dim * 4 >= STREAM_BYTES;
+    job.streams = call.dtype == VICINAL_FLOAT32 && tokens * call.heads * call.head_dim * 4 >= STREAM_BYTES;
     job.serial = serials++;
     job.batch = call.batch;
     job.first_head = group.first_head;
