@@ -22,6 +22,8 @@
 #endif
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 // Asks for a cache line that will be read, or written, or read much later; any address will do.
@@ -88,8 +90,13 @@ struct Base {
     }
     static VICINAL_INLINE void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
     // past the caches, at a multiple of the vector's size; others see it after `fence`
+#if defined(__SSE2__) && defined(__GNUC__)
+    static VICINAL_INLINE void stream(float* to, F value) { _mm_stream_ps(to, value); }
+    static VICINAL_INLINE void fence() { _mm_sfence(); }
+#else
     static VICINAL_INLINE void stream(float* to, F value) { store(to, value); }
     static VICINAL_INLINE void fence() {}
+#endif
     static VICINAL_INLINE F select(uint32_t bits, F a, F b) {
         if (bits == 15u) return a;
         return F{bits & 1u ? a[0] : b[0], bits & 2u ? a[1] : b[1], bits & 4u ? a[2] : b[2], bits & 8u ? a[3] : b[3]};
