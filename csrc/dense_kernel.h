@@ -207,7 +207,7 @@ VICINAL_INLINE void ask_for_share(const DensePlaces& places, int64_t bytes, Shar
             if constexpr (IS_WRITTEN)
                 VICINAL_PREFETCH_TO_WRITE(data + places.at[i] * bytes + byte);
             else
-                VICINAL_PREFETCH_FOR_LATER(data + places.at[i] * bytes + byte);
+                VICINAL_PREFETCH_FAR(data + places.at[i] * bytes + byte);
         }
 }
 

@@ -159,6 +159,37 @@ VICINAL_INLINE void store_row(int64_t dtype, const Operand& operand, int64_t off
     }
 }
 
+// The same past the caches, where that can be. A line that is written whole need not be read first.
+template <class S>
+VICINAL_INLINE void stream_row(int64_t dtype, const Operand& operand, int64_t offset, const float* from, float factor) {
+    constexpr int W = S::LANES;
+    float* to = reinterpret_cast<float*>(const_cast<char*>(operand.data)) + offset;
+    const bool is_whole = operand.channel == 1 && operand.dim % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    if (dtype != VICINAL_FLOAT32 || !is_whole) return store_row<S>(dtype, operand, offset, from, factor);
+    const typename S::F by = S::all(factor);
+    for (int64_t d = 0; d < operand.dim; d += W) S::stream(to + d, S::mul(S::load(from + d), by));
+}
+
+// Rows of tensors that are fetched while other things are computed, some at a time: a core waits for sixteen lines at
+// once, and whoever asks for more stands still.
+struct Errands {
+    static constexpr int MOST = 4 * MOST_TARGETS;
+    const char* row[MOST];
+    int64_t bytes[MOST];
+    int count = 0, done = 0;
+
+    VICINAL_INLINE void note(const Operand& operand, int64_t place, int64_t item) {
+        row[count] = operand.data + place * item;
+        bytes[count++] = operand.dim * item;
+    }
+    // One of so many parts.
+    VICINAL_INLINE void run(int parts) {
+        const int end = static_cast<int>(least(count, done + (count + parts - 1) / parts));
+        for (; done < end; ++done)
+            for (int64_t byte = 0; byte < bytes[done]; byte += 64) VICINAL_PREFETCH(row[done] + byte);
+    }
+};
+
 // Where a panel's rows and columns stand on the axes of the tensors; -1 where there is nothing.
 template <class S>
 struct Packer {
@@ -215,6 +246,19 @@ struct Packer {
         each_source(operand, base, group, [&](int64_t, int64_t place) VICINAL_LAMBDA {
             for (int64_t byte = 0; byte < operand.dim * bytes; byte += 64) VICINAL_PREFETCH(operand.data + place * bytes + byte);
         });
+    }
+
+    // Fetches some columns of a row group that is packed later.
+    VICINAL_INLINE void ask_early(const Operand& operand, int64_t base, int64_t group, int64_t begin, int64_t end) const {
+        const int64_t bytes = bytes_of(dtype), size = operand.dim * bytes;
+        int64_t offset[W];
+        row_offsets(operand, base, group, offset);
+        for (int64_t column = begin; column < end; ++column)
+            for (int r = 0; r < frame.R; ++r) {
+                if (offset[r] < 0) continue;
+                const char* at = operand.data + (offset[r] + columns[column] * operand.axis[2]) * bytes;
+                for (int64_t byte = 0; byte < size; byte += 64) VICINAL_PREFETCH_FAR(at + byte);
+            }
     }
 
     // Packs a row group of one operand of one head: transposed where `transposed` is given, as rows where `rows` is.

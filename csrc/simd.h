@@ -22,21 +22,23 @@
 #endif
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
-// Asks for a cache line that will be read, read later (from the second-level cache), or written; any address will do.
+// Asks for a cache line that will be read, or written, or read much later; any address will do.
 #if defined(__GNUC__)
 #define VICINAL_PREFETCH(address) __builtin_prefetch(address)
-#define VICINAL_PREFETCH_FOR_LATER(address) __builtin_prefetch(address, 0, 2)
 #define VICINAL_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
+#define VICINAL_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 2)
 #elif defined(__AVX2__)
 #define VICINAL_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
-#define VICINAL_PREFETCH_FOR_LATER(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
 #define VICINAL_PREFETCH_TO_WRITE(address) VICINAL_PREFETCH(address)
+#define VICINAL_PREFETCH_FAR(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
 #else
 #define VICINAL_PREFETCH(address) (void)(address)
-#define VICINAL_PREFETCH_FOR_LATER(address) (void)(address)
 #define VICINAL_PREFETCH_TO_WRITE(address) (void)(address)
+#define VICINAL_PREFETCH_FAR(address) (void)(address)
 #endif
 
 #if defined(_MSC_VER)
@@ -87,6 +89,14 @@ struct Base {
         return value;
     }
     static VICINAL_INLINE void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
+    // past the caches, at a multiple of the vector's size; others see it after `fence`
+#if defined(__SSE2__) && defined(__GNUC__)
+    static VICINAL_INLINE void stream(float* to, F value) { _mm_stream_ps(to, value); }
+    static VICINAL_INLINE void fence() { _mm_sfence(); }
+#else
+    static VICINAL_INLINE void stream(float* to, F value) { store(to, value); }
+    static VICINAL_INLINE void fence() {}
+#endif
     static VICINAL_INLINE F select(uint32_t bits, F a, F b) {
         if (bits == 15u) return a;
         return F{bits & 1u ? a[0] : b[0], bits & 2u ? a[1] : b[1], bits & 4u ? a[2] : b[2], bits & 8u ? a[3] : b[3]};
@@ -133,6 +143,8 @@ struct Avx2 {
     static VICINAL_INLINE F all(float value) { return _mm256_set1_ps(value); }
     static VICINAL_INLINE F load(const float* from) { return _mm256_loadu_ps(from); }
     static VICINAL_INLINE void store(float* to, F value) { _mm256_storeu_ps(to, value); }
+    static VICINAL_INLINE void stream(float* to, F value) { _mm256_stream_ps(to, value); }
+    static VICINAL_INLINE void fence() { _mm_sfence(); }
     static VICINAL_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
     static VICINAL_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static VICINAL_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -200,6 +212,8 @@ struct Avx512 {
     static VICINAL_INLINE F all(float value) { return _mm512_set1_ps(value); }
     static VICINAL_INLINE F load(const float* from) { return _mm512_loadu_ps(from); }
     static VICINAL_INLINE void store(float* to, F value) { _mm512_storeu_ps(to, value); }
+    static VICINAL_INLINE void stream(float* to, F value) { _mm512_stream_ps(to, value); }
+    static VICINAL_INLINE void fence() { _mm_sfence(); }
     static VICINAL_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
     static VICINAL_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static VICINAL_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -10,6 +10,7 @@
 namespace vicinal {
 
 // Calls work(0) ... work(count - 1) on at most `threads` threads, in any order; the first exception is thrown again.
+// Each thread begins with a stretch of its own, the same from call to call, and then helps the others.
 // Serial where there is one unit or thread, in a child that was forked after this library was loaded (where OpenMP's
 // threads are gone), and where built without OpenMP.
 void parallel_for(int64_t count, int64_t threads, const std::function<void(int64_t)>& work);

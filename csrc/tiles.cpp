@@ -17,6 +17,8 @@ namespace vicinal {
 
 namespace {
 
+constexpr int64_t STREAM_BYTES = 8 << 20;  // of a tensor that is written past the caches
+
 // CLOSED is the whole backward at once, for queries.
 enum Direction { FORWARD, BACKWARD, EXTRA, CLOSED };
 
@@ -126,6 +128,9 @@ void fill_job(const Problem& problem, const std::vector<Member>& members, const 
     job.dtype = call.dtype;
     job.rows_per_vector = work.plan->rows_per_vector;
     job.panel_bytes = work.plan->panel_bytes;
+    job.is_far = work.plan->is_far;
+    const int64_t tokens = call.batch * problem.grid[0] * problem.grid[1] * problem.grid[2];
+    job.streams = call.dtype == VICINAL_FLOAT32 && tokens * call.heads * call.head_dim * 4 >= STREAM_BYTES;
     job.serial = serials++;
     job.batch = call.batch;
     job.first_head = group.first_head;
@@ -155,11 +160,11 @@ void fill_job(const Problem& problem, const std::vector<Member>& members, const 
     job.grad_key = operand_of(problem.grad_key, order, call.head_dim);
     job.grad_value = operand_of(problem.grad_value, order, call.value_dim);
     // extra tokens are packed along the last axis
-    const auto tokens = [](const View& view, int64_t dim) {
+    const auto extra = [](const View& view, int64_t dim) {
         return Operand{view.data, view.batch, view.head, {0, 0, view.axis[AXES - 1]}, view.channel, static_cast<int32_t>(dim)};
     };
-    job.extra_key = tokens(problem.extra_key, call.head_dim);
-    job.extra_value = tokens(problem.extra_value, call.value_dim);
+    job.extra_key = extra(problem.extra_key, call.head_dim);
+    job.extra_value = extra(problem.extra_value, call.value_dim);
     job.extra_tokens = problem.extra_key ? static_cast<int32_t>(call.extra_tokens) : 0;
     job.extra_lengths = problem.extra_lengths;
     job.lse = reinterpret_cast<float*>(problem.lse.data);

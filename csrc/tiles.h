@@ -79,6 +79,8 @@ struct Job {
     const Earlier* earlier;     // of all members; source list s leaves out the first num_earlier[s]
     const int32_t* num_earlier;
     int64_t panel_bytes;        // memory of a panel
+    bool streams;               // what is written is too much for the caches
+    bool is_far;                // what all heads read of a block does not stay in a second-level cache
     int32_t order[3];           // which axis of the problem each axis here is
     // relative position bias: [heads of the group, *bias_length], in the axes' order here; null where there is none
     const float* bias;

@@ -15,14 +15,18 @@ namespace {
 template <class S, int T>
 VICINAL_APART void closed_pass(const Job& job, const Panel& panel, const float* queries, const float* grads, QueryTile& tile,
                         float* scores, const Pass& pass, bool has_bias, float* grad_bias, const float* bias,
-                        float* grad_keys, float* grad_values) {
+                        float* grad_keys, float* grad_values, Errands& errands) {
     constexpr int W = S::LANES;
     const int64_t key_padded = round_up(job.query.dim, W), value_padded = round_up(job.value.dim, W);
     weigh_again<S, T>(job, panel, queries, tile, scores, pass, has_bias);
+    errands.run(4);
     spread<S, T>(pass, scores, grads, panel.width, value_padded, grad_values);
+    errands.run(4);
     differentiate_scores<S, T>(job, panel, grads, tile, scores, pass);
+    errands.run(4);
     if (grad_bias && has_bias) add_bias_gradient<S, T>(pass, scores, bias, grad_bias);
     spread<S, T>(pass, scores, queries, panel.width, key_padded, grad_keys);
+    errands.run(4);
     alignas(64) float ones[MOST_TARGETS];
     for (int t = 0; t < MOST_TARGETS; ++t) ones[t] = 1.0f;
     mix<S, T>(pass, scores, panel.rows[0], panel.width, key_padded, tile.is_fresh ? nullptr : ones, tile.sums);
@@ -68,6 +72,8 @@ inline void write_sources(const Job& job, const Unit& unit, const Packer<S>& pac
             const float* from = sums + (group * packer.width + lane) * padded;
             if (adds_all || is_shared(1, row + lane % f.R) || is_shared(2, packer.chunk.column_begin + lane / f.R))
                 add_to_row<S>(operand, place, from, factor);
+            else if (job.streams)
+                stream_row<S>(job.dtype, operand, place, from, factor);
             else
                 store_row<S>(job.dtype, operand, place, from, factor);
         });
@@ -94,7 +100,7 @@ VICINAL_INLINE void row_sums_of(const ClosedRun<S>& run, const Tile& tile, Query
         grad_out_at[t] = place;
     });
     const Places out_at = run.block.places(tile, job.out.axis, run.out_base);
-    ask_for_next(run.block, tile, job.out, out_at);
+    if (!job.is_far) ask_for_next(run.block, tile, job.out, out_at);
     out_at.each([&](int t, int64_t place) VICINAL_LAMBDA {
         state.row_sum[t] = row_sum_of<S>(job, place, grad_out_at[t], run.out);
     });
@@ -108,8 +114,15 @@ template <class S>
 VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& walk, Filler<S>& filler) {
     const Job& job = run.job;
     const int64_t padded = round_up(job.query.dim, S::LANES);
-    load_targets<S>(run.block, tile, job.query, run.query_base, run.queries);
-    load_targets<S>(run.block, tile, job.grad_out, run.grad_out_base, run.grads);
+    Errands errands;
+    if (job.is_far) {
+        if (job.grad_query.data && !job.streams) note_targets(run.block, tile, job.grad_query, run.to_base, false, errands);
+        note_targets(run.block, tile, job.query, run.query_base, true, errands);
+        note_targets(run.block, tile, job.grad_out, run.grad_out_base, true, errands);
+        note_targets(run.block, tile, job.out, run.out_base, true, errands);
+    }
+    load_targets<S>(run.block, tile, job.query, run.query_base, run.queries, !job.is_far);
+    load_targets<S>(run.block, tile, job.grad_out, run.grad_out_base, run.grads, !job.is_far);
     QueryTile state;
     state.is_fresh = true;
     row_sums_of<S>(run, tile, state);
@@ -121,7 +134,7 @@ VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& wal
     walk(tile, run.room.pass, [&](const Pass& pass) {
 #define VICINAL_CALL(T) \
     closed_pass<S, T>(job, filler.panel, run.queries, run.grads, state, run.room.scores, pass, walk.bias.data != nullptr, \
-                      run.grad_bias, walk.bias.data, run.grad_keys, run.grad_values)
+                      run.grad_bias, walk.bias.data, run.grad_keys, run.grad_values, errands)
         VICINAL_FOR_COUNT(tile.count, VICINAL_CALL)
 #undef VICINAL_CALL
     });
@@ -129,7 +142,10 @@ VICINAL_APART void closed_tile(ClosedRun<S>& run, const Tile& tile, Walk<S>& wal
     if (state.is_fresh)
         for (int64_t i = 0; i < tile.count * padded; ++i) run.sums[i] = 0.0f;
     run.block.places(tile, job.grad_query.axis, run.to_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
-        store_row<S>(job.dtype, job.grad_query, place, state.sums[t], job.scale);
+        if (job.streams)
+            stream_row<S>(job.dtype, job.grad_query, place, state.sums[t], job.scale);
+        else
+            store_row<S>(job.dtype, job.grad_query, place, state.sums[t], job.scale);
     });
 }
 
@@ -183,8 +199,10 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     for (int64_t i = 0; i < 2 * value_padded; ++i) out[i] = 0.0f;
     const int64_t to_keys = sample * job.grad_key.batch + head * job.grad_key.head;
     const int64_t to_values = sample * job.grad_value.batch + head * job.grad_value.head;
-    ask_for_sources<S>(job, filler.packer, job.grad_key, to_keys);
-    ask_for_sources<S>(job, filler.packer, job.grad_value, to_values);
+    if (!job.streams) {
+        ask_for_sources<S>(job, filler.packer, job.grad_key, to_keys);
+        ask_for_sources<S>(job, filler.packer, job.grad_value, to_values);
+    }
     TileRoom<S> room;
     const int64_t head_begin = most(head * job.shared, job.first_head);
     const int64_t head_end = least((head + 1) * job.shared, job.first_head + job.heads);
@@ -207,6 +225,7 @@ void closed_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head,
     }
     write_sources<S>(job, unit, filler.packer, job.grad_key, to_keys, grad_keys, job.scale);
     write_sources<S>(job, unit, filler.packer, job.grad_value, to_values, grad_values, 1.0f);
+    if (job.streams) S::fence();
 }
 
 }  // namespace

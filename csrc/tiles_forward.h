@@ -137,6 +137,22 @@ struct Filler {
         }
     }
 
+    // Fetches a tile's share of what the next row of tiles is the first to see.
+    VICINAL_INLINE void ask_early(const Tile& tile, const Walk<S>& walk) const {
+        if (walk.coming_begin >= walk.coming_end) return;
+        const int64_t columns = chunk.column_end - chunk.column_begin;
+        const int64_t tiles = walk.block.column_tiles.end - walk.block.column_tiles.begin;
+        const int64_t begin = columns * tile.column_tile / tiles, end = columns * (tile.column_tile + 1) / tiles;
+        for (int64_t plane = walk.sources.low(0, tile.plane); plane < walk.sources.high(0, tile.plane); ++plane)
+            for (int64_t group = walk.coming_begin; group < walk.coming_end; ++group) {
+                const int64_t at = (plane - packer.frame.plane_begin) * packer.frame.groups + group;
+                if (at < chunk.group_begin || at >= chunk.group_end || is_packed[at - chunk.group_begin]) continue;
+                for (int i = 0; i < 2; ++i)
+                    if (packing.transposed[i] || packing.rows[i])
+                        packer.ask_early(packing.operand[i], packing.base[i], at, begin, end);
+            }
+    }
+
     VICINAL_INLINE void ask_for(int64_t group) const {
         if (is_packed[group]) return;
         for (int i = 0; i < 2; ++i)
@@ -331,7 +347,10 @@ VICINAL_INLINE void finish_tile(const ForwardRun<S>& run, const Tile& tile, cons
         inverse[t] = done.total[t] > 0.0f ? 1.0f / done.total[t] : 0.0f;
     const Job& job = run.job;
     run.block.places(tile, job.out.axis, run.out_base).each([&](int t, int64_t place) VICINAL_LAMBDA {
-        store_row<S>(job.dtype, job.out, place, done.sums[t], inverse[t]);
+        if (job.streams)
+            stream_row<S>(job.dtype, job.out, place, done.sums[t], inverse[t]);
+        else
+            store_row<S>(job.dtype, job.out, place, done.sums[t], inverse[t]);
     });
 }
 
@@ -341,6 +360,7 @@ VICINAL_APART void forward_tile(ForwardRun<S>& run, const Tile& tile, Walk<S>& w
     const int64_t padded = round_up(job.value.dim, S::LANES);
     const Places state_at = run.block.state_places(tile);
     load_targets<S>(run.block, tile, job.query, run.query_base, run.targets);
+    if (job.is_far) filler.ask_early(tile, walk);
     ForwardTile<S> state;
     state.is_fresh = !run.keeps_state;
     if (run.keeps_state) {
@@ -350,7 +370,7 @@ VICINAL_APART void forward_tile(ForwardRun<S>& run, const Tile& tile, Walk<S>& w
             state.sums[t] = run.sums + place * padded;
         });
     } else {
-        ask_for_room(run.block, tile, job.out, run.out_base);
+        if (!job.streams) ask_for_room(run.block, tile, job.out, run.out_base);
         for (int t = 0; t < tile.count; ++t) {
             state.top[t] = FAR_BELOW;
             state.sums[t] = run.sums + t * padded;
@@ -428,6 +448,7 @@ void forward_unit(const Job& job, const Unit& unit, int64_t sample, int64_t head
             finish_waiting<S>(run, tile);
         });
     finish_lse(block, sample * job.lse_batch + q_head * job.lse_head, run.top, run.total);
+    if (job.streams) S::fence();
 }
 
 }  // namespace

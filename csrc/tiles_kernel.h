@@ -73,6 +73,7 @@ inline void fill_bias_table(const Job& job, int64_t head, const BiasTable& table
 struct Tile {
     int64_t plane;      // target of the class on the first axis
     Run row, column;    // targets of the class on the others
+    int row_tile;       // number within the class
     int column_tile;    // number within the block
     int count;          // of targets, column by column
     int64_t state;      // the first target's place in the block, and what a row adds
@@ -129,6 +130,7 @@ struct Block {
             for (int32_t r = row_tiles.begin; r < row_tiles.end; ++r) {
                 Tile tile;
                 tile.plane = p;
+                tile.row_tile = r;
                 tile.row = unit.axis[1]->tiles[r];
                 tile.state_row = columns;
                 const int64_t first = ((p - plane.begin) * rows + (tile.row.begin - row.begin)) * columns;
@@ -176,24 +178,36 @@ struct Block {
     VICINAL_INLINE Places state_places(const Tile& tile) const { return {tile.state, tile.state_row, 1, tile.rows(), tile.count}; }
 };
 
-// Fetches what the next tile reads of its targets: that beside this one, or the first of the next row.
+// Where the next tile's targets stand, seen from this one's: beside it, or at the beginning of the next row.
+VICINAL_INLINE int64_t next_tile(const Block& block, const Tile& tile, const Places& places) {
+    if (tile.column.end < block.column.end) return places.column * tile.columns();
+    return places.row * places.rows - places.column * (tile.column.begin - block.column.begin);
+}
+
+// Fetches what the next tile reads of its targets.
 VICINAL_INLINE void ask_for_next(const Block& block, const Tile& tile, const Operand& operand, const Places& places) {
-    const int64_t bytes = bytes_of(block.job.dtype), size = operand.dim * bytes;
-    int64_t further = places.column * tile.columns();
-    if (tile.column.end == block.column.end)
-        further = places.row * places.rows - places.column * (tile.column.begin - block.column.begin);
+    const int64_t bytes = bytes_of(block.job.dtype), size = operand.dim * bytes, further = next_tile(block, tile, places);
     places.each([&](int, int64_t place) VICINAL_LAMBDA {
         for (int64_t byte = 0; byte < size; byte += 64)
             VICINAL_PREFETCH(operand.data + (place + further) * bytes + byte);
     });
 }
 
+// Notes what this tile will write, and what the next one reads.
+VICINAL_INLINE void note_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, bool next,
+                                 Errands& errands) {
+    const Places places = block.places(tile, operand.axis, base);
+    const int64_t item = bytes_of(block.job.dtype), further = next ? next_tile(block, tile, places) : 0;
+    places.each([&](int, int64_t place) VICINAL_LAMBDA { errands.note(operand, place + further, item); });
+}
+
 // The targets of a tile as `dot` reads them.
 template <class S>
-VICINAL_APART void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to) {
+VICINAL_APART void load_targets(const Block& block, const Tile& tile, const Operand& operand, int64_t base, float* to,
+                                bool asks = true) {
     const int64_t dtype = block.job.dtype;
     const Places places = block.places(tile, operand.axis, base);
-    ask_for_next(block, tile, operand, places);
+    if (asks) ask_for_next(block, tile, operand, places);
     constexpr int64_t BLOCK = DIM_BLOCK * S::PAIR;  // channels
     if (operand.dim <= BLOCK) {
         places.each([&](int t, int64_t place) VICINAL_LAMBDA {
@@ -351,6 +365,7 @@ struct Walk {
     SeenRow* rows;
     SeenColumns* columns;
     int64_t num_rows;
+    int64_t coming_begin = 0, coming_end = 0;  // row groups of a plane that the next row of tiles sees beside these
     int rows_of_tile;  // that `columns` were made for
     int walked = -1;   // the tile of this row whose vectors stand in the pass, all of them
 
@@ -426,6 +441,11 @@ struct Walk {
         const int64_t group_low = (low - f.row_origin) / f.R, group_high = (high - f.row_origin + f.R - 1) / f.R;
         num_rows = 0;
         walked = -1;
+        coming_begin = coming_end = group_high;
+        if (tile.row_tile + 1 < block.row_tiles.end) {
+            const int64_t further = sources.high(1, block.unit.axis[1]->tiles[tile.row_tile + 1].end - 1);
+            coming_end = (further - f.row_origin + f.R - 1) / f.R;
+        }
         if (low >= high) return;
         for (int64_t plane = sources.low(0, tile.plane); plane < sources.high(0, tile.plane); ++plane) {
             const int64_t base = (plane - f.plane_begin) * f.groups;

@@ -16,6 +16,7 @@ constexpr double BACKWARD_WORK = 2.5;  // in times of the forward's
 constexpr double OTHER_WORK = 0.4;     // that it saves
 constexpr int64_t STATE_BYTES = 256 << 10;
 constexpr double REACH_BYTES = 4352 << 10;  // about half of what a second-level TLB knows, in pages of 4 KB; fitted
+constexpr double NEAR_HEADS_BYTES = 2 << 20;  // of a block that heads take turns in: what a second-level cache keeps
 constexpr int64_t EVEN_SHARES = 8;  // units should come out even on so many threads; not on the threads there are,
                                     // so that results do not depend on them
 
@@ -301,9 +302,13 @@ std::vector<BlockSize> block_sizes(const ClassView& view, const Cutting& cutting
     return sizes;
 }
 
+// Whether blocks are one plane of targets and take a part of each row: from row to row no machine sees by itself what
+// comes next, and nothing is seen again from another plane.
+bool is_strided(const BlockSize& planes, const BlockSize& columns) { return planes.targets == 1 && columns.blocks > 1; }
+
 struct Blocking {
     int64_t most[AXES] = {1, 1, 1};
-    bool is_found = false;
+    bool is_found = false, is_far = false;
 };
 
 int64_t panel_of(const PlanRequest& request) {
@@ -322,9 +327,10 @@ Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>*
                 // where there is one plane of targets, a panel need not hold more rows than a row of tiles sees
                 const double rows = a.targets > 1 ? b.widest : std::min(b.widest, b.in_sight);
                 const double bytes = a.widest * rows * c.widest * request.floats * 4;
+                const double reach = (a.widest * b.widest * c.widest + targets) * 2 * request.token_bytes;
                 double cost = a.sources * b.sources * c.sources * pack + blocks * 600;
                 // heads take turns in a block, on the same pages
-                if ((a.widest * b.widest * c.widest + targets) * 2 * request.token_bytes > REACH_BYTES) cost *= 3;
+                if (reach > REACH_BYTES) cost *= 3;
                 if (bytes > panel_bytes) {
                     if (targets * state > STATE_BYTES) continue;
                     cost += blocks * targets * std::ceil(bytes / panel_bytes) * (request.value_dim / 4.0 + 40);
@@ -334,7 +340,7 @@ Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>*
                 cost += (compute + cost) * std::min(idle, 4.0) * 0.3;
                 if (cost < least_cost) {
                     least_cost = cost;
-                    best = {{a.most, b.most, c.most}, true};
+                    best = {{a.most, b.most, c.most}, true, is_strided(a, c) && reach > NEAR_HEADS_BYTES};
                 }
             }
     return best;
@@ -388,7 +394,9 @@ Blocking choose_closed_blocks(const PlanRequest& request, const std::vector<Bloc
                 const double cost = (BACKWARD_WORK * compute + packed * pack + blocks * 1500) * (1 + idle);
                 if (cost >= least_cost) continue;
                 least_cost = cost;
-                best = {{a.most, b.most, c.most}, true};
+                const double targets = a.targets * b.targets * c.targets;
+                const bool is_far = (all + targets) * 4 * request.token_bytes > NEAR_HEADS_BYTES;
+                best = {{a.most, b.most, c.most}, true, is_strided(a, c) && is_far};
             }
     return best;
 }
@@ -602,6 +610,7 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
     const double compute = shape.cost / share * seen_planes;
     const Blocking blocking = request.colours ? choose_closed_blocks(request, sizes, seen, shape, compute, classes)
                                               : choose_blocks(request, sizes, compute, classes);
+    plan->is_far = blocking.is_far;
     AxisFrames frames[AXES];
     for (int a = 0; a < AXES; ++a) {
         const int64_t residues = std::min(step[a], request.targets[plan->order[a]]);

@@ -50,6 +50,7 @@ struct Plan {
     int order[AXES];
     int rows_per_vector;
     int64_t panel_bytes;
+    bool is_far;  // what all heads read of a block does not stay in a second-level cache
     std::vector<ClassAxis> classes[AXES];  // on each axis in its new place
     std::vector<Unit> units;       // colour by colour
     std::vector<int64_t> colours;  // where each colour's units begin, and the end

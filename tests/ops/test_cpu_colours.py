@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import vicinal
 from vicinal.ops.cpu import library
 from vicinal.pattern import Full, Near, Window, bounds, heads
 
@@ -71,3 +72,19 @@ def test_keys_that_nobody_sees_get_zeros(shrink: Shrink) -> None:
         found = run(problem, torch.float32, "cpu")
         for name in ("grad_key", "grad_value"):
             assert torch.equal(found[name][:, :6], torch.zeros_like(found[name][:, :6]))
+
+
+def test_maps_beyond_the_caches_are_their_heads_apart() -> None:
+    """Eight megabytes are written past the caches, and fetched ahead; half of them are not."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 128, 128, 4, 32).requires_grad_() for _ in range(3)]
+    gradient = torch.randn(1, 128, 128, 4, 32)
+
+    def found(low: int, high: int) -> list[torch.Tensor]:
+        parts = [leaf[..., low:high, :] for leaf in leaves]
+        out = vicinal.attention(*parts, Near(7), backend="cpu")
+        return [out, *torch.autograd.grad(out, parts, gradient[..., low:high, :])]
+
+    apart = zip(found(0, 2), found(2, 4), strict=True)
+    for whole, halves in zip(found(0, 4), apart, strict=True):
+        torch.testing.assert_close(whole, torch.cat(halves, -2), rtol=1e-5, atol=1e-5)
