@@ -19,8 +19,9 @@ def keep_memory() -> bool:
 
     Otherwise glibc gives large pieces back to the system at once, and every page of the next one (an activation, a
     gradient) interrupts the program when it is first written. The process then holds the most it ever needed until
-    it ends; the peak of a training step did not change here. With another C library (macOS, Windows, musl) nothing happens, and the
-    answer is False. It holds for the whole process, so programs call it, at their start: `vicinal train` does.
+    it ends; the peak of a training step did not change here. With another C library (macOS, Windows, musl) nothing
+    happens, and the answer is False. It holds for the whole process, so programs call it, at their start: `vicinal
+    train` does.
     """
     if not _is_glibc():
         return False
