@@ -148,7 +148,8 @@ def is_traced() -> bool:
 
 def _is_addable(shortcut: torch.Tensor, inputs: torch.Tensor, layer: nn.Module) -> bool:
     is_like = shortcut.shape[:-1] == inputs.shape[:-1] and shortcut.dtype == inputs.dtype
-    return is_like and is_plain(shortcut) and _is_plain_linear(layer, inputs) and layer.bias is not None
+    # compilers cannot look into `is_plain`, and it is not asked while they look on
+    return is_like and _is_plain_linear(layer, inputs) and layer.bias is not None and is_plain(shortcut)
 
 
 def _is_large(inputs: torch.Tensor, first: nn.Module, act: nn.Module) -> bool:
