@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import pathlib
+import resource
 import types
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ import vicinal
 from vicinal.layers.attention import PatternAttention
 from vicinal.layers.cost import cost
 from vicinal.measure import machine, report
+from vicinal.training import keep_memory
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "model_floor.json"
 FREE = "nat_tiny without attention"
@@ -106,7 +108,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=7.0, help="time for one row")
     parser.add_argument("--repeats", type=int, default=5, help="profiled calls of a model")
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument(
+        "--keep-memory", action=argparse.BooleanOptionalAction, default=True, help="see vicinal.training.keep_memory"
+    )
     options = parser.parse_args()
+    is_kept = keep_memory() if options.keep_memory else False
     built = {name: vicinal.create_model(name, drop_path_rate=0.0) for name in ("swin_tiny", "nat_tiny")}
     macs = {name: multiply_adds(model, options.size) for name, model in built.items()}
     built[FREE] = without_attention(built["nat_tiny"])
@@ -114,6 +120,7 @@ def main() -> None:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "load_average": os.getloadavg()[0],
+        "freed_memory_is_kept": is_kept,
         "multiply_adds": macs,
         "rows": [],
     }
@@ -129,6 +136,7 @@ def main() -> None:
         }
         result["rows"].append(row)
         print(json.dumps(row))
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     report.write(result, RESULTS)
     print(f"saved as {RESULTS}")
 

@@ -3,7 +3,8 @@
     python benchmarks/models.py --batches 1 8
 
 Our Swin-Tiny beside timm's and transformers' (the same architecture, random weights, no drop path), and NAT-Tiny and
-DiNAT-Tiny per multiply-add beside our Swin. Everybody takes turns in one run. Writes benchmarks/results/models.json.
+DiNAT-Tiny per multiply-add beside our Swin. Everybody takes turns in one run, in a process that keeps freed memory
+(`vicinal.training.keep_memory`), as `vicinal train` does. Writes benchmarks/results/models.json.
 How fast NAT could be with other kernels: benchmarks/model_floor.py.
 """
 
@@ -14,6 +15,7 @@ import datetime
 import json
 import os
 import pathlib
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +27,7 @@ import vicinal
 from vicinal.layers.cost import cost
 from vicinal.measure import machine, report, timing
 from vicinal.measure.peers.installed import mend_torchvision
+from vicinal.training import keep_memory
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "models.json"
 NODE = "autograd::engine::evaluate_function: "
@@ -176,13 +179,18 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=20.0, help="time for one row")
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument(
+        "--keep-memory", action=argparse.BooleanOptionalAction, default=True, help="see vicinal.training.keep_memory"
+    )
     options = parser.parse_args()
+    is_kept = keep_memory() if options.keep_memory else False
     built = models()
     macs = {name: cost(built[name], 1, 3, options.size, options.size).nominal for name in OURS}
     result: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "load_average": os.getloadavg()[0],
+        "freed_memory_is_kept": is_kept,
         "multiply_adds": macs,
         "rows": [],
         "shares": {},
@@ -207,6 +215,7 @@ def main() -> None:
             result["shares"][name][str(batch)] = found = shares(training_step(built[name], images))
             result["in_kernels"][name][str(batch)] = in_kernels(found)
             print(name, batch, found, in_kernels(found))
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     report.write(result, RESULTS)
     print(f"saved as {RESULTS}")
 

@@ -15,6 +15,7 @@ from vicinal.cli.terminal import console
 from vicinal.recipes.book import RECIPES, find
 from vicinal.training.bar import Bar, JsonLines
 from vicinal.training.launch import train_on
+from vicinal.training.memory import keep_memory
 from vicinal.training.written import to_plain
 
 
@@ -30,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
         return
     report = JsonLines() if options.json else Bar()
     is_first = os.environ.get("RANK", "0") == "0"  # under torchrun every process comes here
+    keep_memory()
     outcome = train_on(options.processes, recipe, folder, resume=options.resume, report=report)
     if not is_first:
         return

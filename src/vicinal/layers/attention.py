@@ -123,12 +123,13 @@ class PatternAttention(AddsTo):
         """What every token gets, heads side by side, before the last projection."""
         grid = tuple(inputs.shape[1:-1])
         pattern, whole, shapes = _settled(self.pattern, grid, self.pad_mode, self.rpb is not None)
-        query, key, value = self._project(pad_grid(inputs, whole), None)
+        is_padded = whole != grid
+        query, key, value = self._project(pad_grid(inputs, whole) if is_padded else inputs, None)
         bias = self._bias(shapes)
         out = attention(query, key, value, pattern, bias=bias, backend=self.backend).flatten(-2)
         if self.value_mixer is not None:
             out = out + self.value_mixer(value.flatten(-2))
-        return crop_grid(out, grid)
+        return crop_grid(out, grid) if is_padded else out
 
     def _project(
         self, inputs: torch.Tensor, angles: torch.Tensor | None
@@ -154,11 +155,13 @@ class PatternAttention(AddsTo):
         return out
 
     def _bias(self, shapes: Shapes) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
-        if self.rpb is None:
+        rpb = self.rpb
+        if rpb is None:
             return None
-        tables = [self.rpb] if isinstance(self.rpb, nn.Parameter) else list(self.rpb)
-        fitting = tuple(_part(table, shape) for table, shape in zip(tables, shapes, strict=True))
-        return fitting[0] if isinstance(self.rpb, nn.Parameter) else fitting
+        if isinstance(rpb, torch.Tensor):
+            (shape,) = shapes
+            return _part(rpb, shape)
+        return tuple(_part(table, shape) for table, shape in zip(rpb, shapes, strict=True))
 
     def own_multiply_adds(self, grid: tuple[int, ...]) -> tuple[int, int]:
         """Multiply-adds of the attention itself on one sample: nominal (whole windows) and exact (keys seen)."""
@@ -197,7 +200,7 @@ _remembered = functools.lru_cache(maxsize=1024)(_settle)
 
 def _part(table: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The middle of a bias table, where a shorter axis has fewer distances than it was made for."""
-    own = tuple(table.shape[1:])
+    own = table.shape[1:]
     if own == shape:
         return table
     if any(has < needs for has, needs in zip(own, shape, strict=True)):

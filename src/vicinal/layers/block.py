@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from vicinal.layers import plain_block
 from vicinal.layers.norm import Modulated
 from vicinal.layers.one_pass import AddsTo, is_bare
 from vicinal.layers.tags import LAYER_SCALE, tag
@@ -90,6 +91,9 @@ class Block(nn.Module):
 
     def forward(self, inputs: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """`[batch, *grid, dim]` to the same shape."""
+        plain = plain_block.run(self, inputs) if condition is None else None
+        if plain is not None:
+            return plain
         out = self._branch(inputs, self.position1, self.norm1, self.mixer, self.gamma1, condition)
         return self._branch(out, self.position2, self.norm2, self.mlp, self.gamma2, condition)
 

@@ -49,14 +49,32 @@ def linear_gelu(inputs: torch.Tensor, layer: nn.Module, act: nn.Module) -> torch
     ...     linear_gelu(torch.randn(2, 5, 8), torch.nn.Linear(8, 4), torch.nn.GELU()).shape
     torch.Size([2, 5, 4])
     """
-    result: torch.Tensor
+    if not is_exact_gelu(act) or not _is_plain_linear(layer, inputs):
+        result: torch.Tensor = act(layer(inputs))
+        return result
+    return gelu_product(inputs, layer.weight, layer.bias)
+
+
+def gelu_product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The exact GELU of a linear layer of plain tensors on the CPU, by oneDNN in one pass where no gradient is wanted.
+
+    >>> gelu_product(torch.zeros(2, 8), torch.ones(4, 8), torch.zeros(4)).sum().item()
+    0.0
+    """
     product = None if torch.is_grad_enabled() or inputs.dtype != torch.float32 or not inputs.numel() else _onednn()
-    is_exact = type(act) is nn.GELU and act.approximate == "none" and is_bare(act)
-    if product is None or not is_exact or not _is_plain_linear(layer, inputs):
-        result = act(layer(inputs))
-    else:
-        result = product(inputs, layer.weight, layer.bias, "gelu", [], "none")
+    if product is None:
+        return nn.functional.gelu(nn.functional.linear(inputs, weight, bias))
+    result: torch.Tensor = product(inputs, weight, bias, "gelu", [], "none")
     return result
+
+
+def is_exact_gelu(act: nn.Module | None) -> bool:
+    """Whether an activation is torch's GELU without approximation, and nobody watches it.
+
+    >>> is_exact_gelu(torch.nn.GELU()), is_exact_gelu(torch.nn.GELU("tanh")), is_exact_gelu(torch.nn.SiLU())
+    (True, False, False)
+    """
+    return type(act) is nn.GELU and act.approximate == "none" and is_bare(act)
 
 
 def linear_gelu_linear(
@@ -130,14 +148,15 @@ def is_traced() -> bool:
 
 def _is_addable(shortcut: torch.Tensor, inputs: torch.Tensor, layer: nn.Module) -> bool:
     is_like = shortcut.shape[:-1] == inputs.shape[:-1] and shortcut.dtype == inputs.dtype
-    return is_like and is_plain(shortcut) and _is_plain_linear(layer, inputs) and layer.bias is not None
+    # compilers cannot look into `is_plain`, and it is not asked while they look on
+    return is_like and _is_plain_linear(layer, inputs) and layer.bias is not None and is_plain(shortcut)
 
 
 def _is_large(inputs: torch.Tensor, first: nn.Module, act: nn.Module) -> bool:
     """Whether what a linear layer and the exact GELU make is large."""
     if inputs.numel() * inputs.element_size() <= LARGE // 64:  # quick for the many that are not
         return False
-    is_gelu = type(act) is nn.GELU and act.approximate == "none" and is_bare(act) and forward_ad._current_level < 0
+    is_gelu = is_exact_gelu(act) and forward_ad._current_level < 0
     return is_gelu and _is_plain_linear(first, inputs) and _bytes_after(inputs, first) > LARGE
 
 

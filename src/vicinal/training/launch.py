@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vicinal.training.checkpoint import Store
+from vicinal.training.memory import keep_memory
 from vicinal.training.recipe import Recipe
 from vicinal.training.report import Outcome, Report
 from vicinal.training.run import LostProcess, Stopped, train
@@ -75,6 +76,7 @@ def _work(recipe: Recipe, folder: str, resume: bool, report: Report, words: str)
     """One process. What a person should read is left in a file, because its traceback would be lost in the others'."""
     for number in (signal.SIGINT, signal.SIGTERM):  # at once: what waits for the others would wait long, and complain
         signal.signal(number, lambda *_: os._exit(1))
+    keep_memory()
     try:
         return train(recipe, folder, resume=resume, report=report)
     except (ValueError, OSError) as error:
