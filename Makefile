@@ -48,17 +48,18 @@ replay = $(CXX) -O1 -std=c++17 $(2) -Icsrc csrc/tests/replay.cpp $(1) -Wl,-rpath
 sanitize: .venv/.with-test .venv/.library $(SANITIZED)  ## the CPU kernels under AddressSanitizer, UBSan and valgrind (Linux, gcc)
 	$(BIN)/python -m tests.ops.record_calls build/calls.bin
 	$(call replay,$(SANITIZED),$(SANITIZERS))
-	for isa in 1 2 3 4; do for strategy in 1 2; do build/replay build/calls.bin $$isa $$strategy || exit 1; done; done
+	for isa in 1 2 3 4; do for strategy in 0 1 2; do build/replay build/calls.bin $$isa $$strategy || exit 1; done; done
 	OMP_NUM_THREADS=1 LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
 		ASAN_OPTIONS=detect_leaks=0 VICINAL_CPU_LIBRARY=$(abspath $(SANITIZED)) \
-		$(BIN)/python -m pytest tests/ops/test_cpu.py tests/ops/test_cpu_colours.py tests/ops/test_cpu_random.py tests/ops/test_cpu_fuzz.py $(ARGS)
+		$(BIN)/python -m pytest tests/ops/test_cpu.py tests/ops/test_cpu_colours.py tests/ops/test_cpu_dense.py tests/ops/test_cpu_random.py tests/ops/test_cpu_fuzz.py $(ARGS)
 	$(MAKE) valgrind
 
 # Every third problem: it is some fifty times slower. It knows nothing beyond AVX2.
 valgrind: .venv/.with-test .venv/.library  ## the CPU kernels under valgrind, on the tests' problems
 	$(BIN)/python -m tests.ops.record_calls build/calls.bin 3
 	$(call replay,src/vicinal/_cpu.so,-g)
-	for isa in 1 2; do valgrind --quiet --error-exitcode=9 build/replay build/calls.bin $$isa 2 || exit 1; done
+	for isa in 1 2; do for strategy in 0 2; do \
+		valgrind --quiet --error-exitcode=9 build/replay build/calls.bin $$isa $$strategy || exit 1; done; done
 
 $(SANITIZED): $(LIBRARY) | .venv/.with-test
 	@$(PIP) install "setuptools>=77"
