@@ -3,8 +3,9 @@
     python benchmarks/models.py --batches 1 8
 
 Our Swin-Tiny beside timm's and transformers' (the same architecture, random weights, no drop path), and NAT-Tiny and
-DiNAT-Tiny per multiply-add beside our Swin. Everybody takes turns in one run, in a process that keeps freed memory
-(`vicinal.training.keep_memory`), as `vicinal train` does. Writes benchmarks/results/models.json.
+DiNAT-Tiny per multiply-add beside our Swin. Everybody takes turns in one run, in a process as Python starts it; with
+`--keep-memory` in one that keeps freed memory (`vicinal.training.keep_memory`), as `vicinal train` does. Writes
+benchmarks/results/models.json, or models-kept.json.
 How fast NAT could be with other kernels: benchmarks/model_floor.py.
 """
 
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for one row")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument(
-        "--keep-memory", action=argparse.BooleanOptionalAction, default=True, help="see vicinal.training.keep_memory"
+        "--keep-memory", action=argparse.BooleanOptionalAction, default=False, help="see vicinal.training.keep_memory"
     )
     options = parser.parse_args()
     is_kept = keep_memory() if options.keep_memory else False
@@ -216,8 +217,9 @@ def main() -> None:
             result["in_kernels"][name][str(batch)] = in_kernels(found)
             print(name, batch, found, in_kernels(found))
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    report.write(result, RESULTS)
-    print(f"saved as {RESULTS}")
+    target = RESULTS.with_stem("models-kept") if options.keep_memory else RESULTS
+    report.write(result, target)
+    print(f"saved as {target}")
 
 
 if __name__ == "__main__":
