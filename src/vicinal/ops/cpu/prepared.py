@@ -205,8 +205,8 @@ class _Prepared:
             if was is not None and (tensor.shape, tensor.dtype) != was:
                 shape, dtype = was
                 raise RuntimeError(
-                    f"{name} was {tuple(shape)} of {dtype} in the forward and is {tuple(tensor.shape)} of {tensor.dtype} "
-                    "in the backward: a saved tensor's data or a hook on it must keep both"
+                    f"{name} was {tuple(shape)} of {dtype} in the forward and is {tuple(tensor.shape)} of "
+                    f"{tensor.dtype} in the backward: a saved tensor's data or a hook on it must keep both"
                 )
 
     def _plan(
