@@ -231,6 +231,9 @@ void backward_with_bias(const Problem& problem, const Work& work, const DenseKer
 // Of one sample: fewer keep few threads busy, and tiles are smaller than groups.
 constexpr int64_t LEAST_PIECES = 4;
 
+// Where neighbors share keys, groups of fewer queries copy keys more often than they use them.
+constexpr int64_t LEAST_QUERIES_THAT_SHARE = 8;
+
 }  // namespace
 
 bool dense_takes(const Problem& problem, bool is_backward) { return !all_work(problem, is_backward).empty(); }
@@ -246,6 +249,7 @@ bool dense_suits(const Problem& problem, bool is_backward) {
             keys *= work.runs[a].all_keys;
         }
         if (keys > MOST_KEYS_PER_QUERY * queries) return false;
+        if (keys > queries && queries < LEAST_QUERIES_THAT_SHARE * work.job.groups) return false;
     }
     return pieces >= LEAST_PIECES;
 }

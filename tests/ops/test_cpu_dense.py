@@ -108,6 +108,8 @@ def test_other_problems_go_to_tiles() -> None:
     for pattern, grid in (
         (Near(7), (14, 14)),  # nearly every query sees other keys
         (Near(7, dilation=2), (20, 20)),
+        (Near(3), (4096,)),  # groups of one query: keys would be copied three times over
+        ((Near(3), Same()), (64, 64)),
         (Full(), (17, 17)),  # more keys than a group may have
         (heads(Window(7), Near(7)), (14, 14)),  # of two head groups, one
     ):

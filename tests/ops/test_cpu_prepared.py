@@ -212,6 +212,20 @@ def test_what_a_tensor_holds_may_be_exchanged_before_the_backward() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(
+    "exchange",
+    [torch.Tensor.double, torch.Tensor.bfloat16, lambda tensor: tensor[..., :4], lambda tensor: tensor[:, :2]],
+)
+@pytest.mark.parametrize("place", [0, 2])
+def test_saved_tensors_of_other_sizes_or_types_are_refused(exchange: Callable[..., torch.Tensor], place: int) -> None:
+    tensors = inputs()
+    for _ in range(2):
+        out = vicinal.attention(*tensors, Near(3), backend="cpu")
+    tensors[place].data = exchange(tensors[place].data)
+    with pytest.raises(RuntimeError, match="in the forward and is"):
+        torch.autograd.grad(out.sum(), tensors[1])
+
+
 def test_a_bias_may_be_exchanged_for_one_in_another_type() -> None:
     query, bias = inputs()[0], torch.linspace(-1, 1, 50).view(2, 5, 5)
     for exchange in (False, False, True):

@@ -86,6 +86,8 @@ class _Prepared:
         self.empty_out, self.empty_lse = out.empty, lse.empty
         self.results = (out.like, lse.like)
         self.lie = _lie(query, inputs.key, inputs.value, bias, *self.results)
+        lasting = (query, inputs.key, inputs.value, None, *self.results)  # a bias may change its type
+        self.sizes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in lasting)
         vector = None if bias is None else bias.detach().view(-1)
         self.record = record.of(inputs, vector, None, *self.results)
         self.plans: dict[Any, _Plan] = {}
@@ -190,11 +192,22 @@ class _Prepared:
         needs: tuple[bool, ...],
     ) -> Tensors:
         query, key, value, bias, out, lse = saved
+        self._check_saved(saved)
         vector = None if bias is None else bias.reshape(-1)
         tensors = (query, key, value, self.tables, vector, None, None, None)
         arguments = (*tensors, self.layout.packed, self.scale, "cpu")
         grads = operator.differentiate(arguments, (out, lse), (), (grad_out, grad_lse), (*needs, False, False))
         return (*grads[:3], None if grads[3] is None else grads[3].view(bias.shape))
+
+    def _check_saved(self, saved: tuple[Any, ...]) -> None:
+        """Sizes and types are those of the forward: by these the kernels read, and write, all tensors together."""
+        for name, tensor, was in zip(("query", "key", "value", "", "out", "lse"), saved, self.sizes, strict=True):
+            if was is not None and (tensor.shape, tensor.dtype) != was:
+                shape, dtype = was
+                raise RuntimeError(
+                    f"{name} was {tuple(shape)} of {dtype} in the forward and is {tuple(tensor.shape)} of "
+                    f"{tensor.dtype} in the backward: a saved tensor's data or a hook on it must keep both"
+                )
 
     def _plan(
         self, given: tuple[Any, ...], grad_out: torch.Tensor, grad_lse: torch.Tensor | None, needs: tuple[bool, ...]
@@ -250,8 +263,12 @@ def _lie(
         value.shape,
         value.stride(),
         value.dtype,
+        out.shape,
         out.stride(),
+        out.dtype,
+        lse.shape,
         lse.stride(),
+        lse.dtype,
         None if bias is None else (bias.shape, bias.stride(), bias.dtype),
     )
 
