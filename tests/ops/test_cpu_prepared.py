@@ -283,3 +283,12 @@ def test_the_second_time_gives_the_bits_of_the_first(dtype: torch.dtype) -> None
         first, second = (run(problem, dtype, "cpu") for _ in range(2))
         for name, wanted in first.items():
             assert torch.equal(second[name].nan_to_num(7.5), wanted.nan_to_num(7.5)), (problem, name)
+
+
+def test_first_call_refuses_saved_tensors_of_other_sizes() -> None:
+    api._KNOWN.clear()
+    query, key, value = (torch.randn(1, 9, 9, 2, 16, requires_grad=True) for _ in range(3))
+    out = vicinal.attention(query, key, value, Near(3), backend="cpu")
+    value.data = torch.randn(1, 4, 4, 2, 16)
+    with pytest.raises(RuntimeError, match="value no longer has the size and type"):
+        out.sum().backward()

@@ -35,6 +35,33 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
+def _check_saved(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor | None) -> None:
+    """Sizes and types fit together: hooks may bring back others than were saved, and kernels read by the query's."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    rows, results = query.shape[:-1], (*query.shape[:-1], value.shape[-1])
+    tokens = (key.shape[0], *key.shape[-2:]), (value.shape[0], *value.shape[-2:])
+    extra = [
+        (tensor is None or (tensor.shape[0], *tensor.shape[2:]) == size)
+        and (tensor is None or tensor.dtype == query.dtype)
+        for tensor, size in zip((inputs.extra_key, inputs.extra_value), tokens, strict=True)
+    ]
+    fits = {
+        "key": (key.shape[0], key.shape[-1], key.dtype) == (query.shape[0], query.shape[-1], query.dtype),
+        "value": value.shape[:-1] == key.shape[:-1] and value.dtype == query.dtype,
+        "extra_key": extra[0],
+        "extra_value": extra[1],
+        "out": out.shape == results and out.dtype == query.dtype,
+        "lse": lse.shape == rows and lse.dtype == record.wide(query),
+        "the gradient of out": grad_out is None or (grad_out.shape == results and grad_out.dtype == query.dtype),
+    }
+    for name, does in fits.items():
+        if not does:
+            raise RuntimeError(
+                f"{name} no longer has the size and type that go with query, {tuple(query.shape)} in {query.dtype}: "
+                "a saved tensor was exchanged between forward and backward"
+            )
+
+
 def backward(
     inputs: Inputs,
     out: torch.Tensor,
@@ -44,6 +71,7 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """The gradients that are needed."""
+    _check_saved(inputs, out, lse, grad_out)
     bias, extra_lengths = _bias(inputs), _lengths(inputs)
     given = (inputs.query, inputs.key, inputs.value, bias, inputs.extra_key, inputs.extra_value)
     wanted = [tensor for tensor, need in zip(given[:3], needs, strict=False) if need]
