@@ -37,6 +37,11 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
 # By the end of a file's name, longest first: what it needs, for gcc and clang and for MSVC, and the macro that tells
 # all files that the compiler has it. Where it has not, such a file compiles to nothing.
 INSTRUCTION_SETS = {
+    "_amx": (
+        [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+        ["/arch:AVX512"],
+        "VICINAL_WITH_AMX",
+    ),
     "_avx512_bf16": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"], "VICINAL_WITH_AVX512_BF16"),
     "_avx512": (AVX512, ["/arch:AVX512"], "VICINAL_WITH_AVX512"),
     "_avx2": (AVX2, ["/arch:AVX2"], "VICINAL_WITH_AVX2"),
@@ -82,7 +87,7 @@ class BuildLibrary(build_ext):
         sets = {
             ending: (msvc if is_msvc else flags, macro)
             for ending, (flags, msvc, macro) in INSTRUCTION_SETS.items()
-            if is_x86 and not (is_msvc and ending == "_avx512_bf16") and (is_msvc or self._takes(flags))
+            if is_x86 and not (is_msvc and ending in ("_avx512_bf16", "_amx")) and (is_msvc or self._takes(flags))
         }
         macros = [(macro, "1") for _, macro in sets.values()]
 

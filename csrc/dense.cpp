@@ -14,6 +14,7 @@ namespace {
 
 const DenseKernels* kernels_for(const Problem& problem) {
     switch (problem.call.isa) {
+        case VICINAL_AMX:
         case VICINAL_AVX512_BF16:
         case VICINAL_AVX512: return dense_avx512_kernels();
         case VICINAL_AVX2: return dense_avx2_kernels();

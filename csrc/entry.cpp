@@ -12,7 +12,7 @@
 namespace vicinal {
 namespace {
 
-const char* const ISA_NAMES[] = {"best", "base", "avx2", "avx512", "avx512_bf16"};
+const char* const ISA_NAMES[] = {"best", "base", "avx2", "avx512", "avx512_bf16", "amx"};
 
 void say(const char* text, char* message, int64_t message_bytes) {
     if (message && message_bytes > 0) std::snprintf(message, size_t(message_bytes), "%s", text);

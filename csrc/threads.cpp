@@ -24,7 +24,7 @@ namespace vicinal {
 namespace {
 
 constexpr size_t ALIGNMENT = 64;
-constexpr int SLOTS = 16;
+constexpr int SLOTS = 24;
 
 std::atomic<bool> is_forked_child{false};
 

@@ -23,9 +23,10 @@ constexpr int64_t STREAM_BYTES = 8 << 20;  // of a tensor that is written past t
 enum Direction { FORWARD, BACKWARD, EXTRA, CLOSED };
 
 const TileKernels* kernels_for(const Problem& problem) {
+    const bool is_bfloat16 = problem.call.dtype == VICINAL_BFLOAT16;
     switch (problem.call.isa) {
-        case VICINAL_AVX512_BF16:
-            return problem.call.dtype == VICINAL_BFLOAT16 ? avx512_bf16_kernels() : avx512_kernels();
+        case VICINAL_AMX: return is_bfloat16 ? amx_kernels() : avx512_kernels();
+        case VICINAL_AVX512_BF16: return is_bfloat16 ? avx512_bf16_kernels() : avx512_kernels();
         case VICINAL_AVX512: return avx512_kernels();
         case VICINAL_AVX2: return avx2_kernels();
         default: return base_kernels();
@@ -36,7 +37,7 @@ const TileKernels* kernels_for(const Problem& problem) {
 std::vector<int64_t> fingerprint(const std::vector<Member>& members, const Group& group, Direction direction,
                                  const PlanRequest& request) {
     std::vector<int64_t> numbers = {direction,        request.lanes,  request.pair, request.key_dim, request.value_dim,
-                                    request.floats,   request.copies, group.takes_bias,
+                                    request.floats,   request.copies, group.takes_bias, request.targets_in_lanes,
                                     request.colours,  request.unit_bytes, request.token_bytes};
     for (int a = 0; a < AXES; ++a) {
         numbers.push_back(request.sources[a]);
@@ -127,6 +128,8 @@ void fill_job(const Problem& problem, const std::vector<Member>& members, const 
     job = Job{};
     job.dtype = call.dtype;
     job.rows_per_vector = work.plan->rows_per_vector;
+    job.tile_rows = work.plan->tile_rows;
+    job.tile_columns = work.plan->tile_columns;
     job.panel_bytes = work.plan->panel_bytes;
     job.is_far = work.plan->is_far;
     const int64_t tokens = call.batch * problem.grid[0] * problem.grid[1] * problem.grid[2];
@@ -244,6 +247,7 @@ std::vector<std::unique_ptr<Work>> all_work(const Problem& problem, Direction di
             PlanRequest request;
             request.lanes = kernels->lanes;
             request.pair = kernels->pair;
+            request.targets_in_lanes = kernels->targets_in_lanes;
             request.key_dim = call.head_dim;
             request.value_dim = call.value_dim;
             request.floats = (call.head_dim + call.value_dim) * (direction == FORWARD ? 1 : 2) / kernels->pair;
@@ -388,9 +392,7 @@ void grad_query_with_bias(const Problem& problem, const std::vector<std::unique_
     for (const auto& piece : all) {
         const Work& work = *piece;
         const Job& job = work.job;
-        const int R = job.rows_per_vector, C = kernels->lanes / R;
-        const int64_t row = static_cast<int64_t>(job.bias_length[2] + 2 * C) * R;
-        const int64_t plane = row * (job.bias_length[1] + R - 1), size = plane * job.bias_length[0] + kernels->lanes;
+        const int64_t size = kernels->grad_bias_floats(job);
         int64_t shares = 1;
         for (int64_t colour = 0; colour < work.colours(); ++colour)
             shares = std::max(shares, std::min(SHARES, work.units(colour) * work.samples));
@@ -407,16 +409,9 @@ void grad_query_with_bias(const Problem& problem, const std::vector<std::unique_
         }
         const int64_t begin = problem.groups[work.group].bias_begin;
         for (int64_t head = 0; head < work.heads; ++head)
-            for (int64_t a = 0; a < job.bias_length[0]; ++a)
-                for (int64_t b = 0; b < job.bias_length[1]; ++b)
-                    for (int64_t c = 0; c < job.bias_length[2]; ++c) {
-                        float sum = 0.0f;
-                        for (int64_t share = 0; share < shares; ++share)
-                            for (int r = 0; r < R; ++r)
-                                sum += tables[(head * shares + share) * size + a * plane + (b - r + R - 1) * row + (c + C) * R + r];
-                        to[begin + head * job.bias_head + a * job.bias_stride[0] + b * job.bias_stride[1] +
-                           c * job.bias_stride[2]] += sum;
-                    }
+            for (int64_t share = 0; share < shares; ++share)
+                kernels->fold_grad_bias(job, tables.data() + (head * shares + share) * size,
+                                        to + begin + head * job.bias_head);
     }
 }
 
@@ -531,8 +526,9 @@ void tiles_backward(const Problem& problem) {
 // the short types too much precision.
 vicinal_strategy choose_strategy(const Problem& problem, bool is_backward) {
     const bool writes_keys = problem.grad_key || problem.grad_value;
+    const bool is_in_matrices = problem.call.isa == VICINAL_AMX && problem.call.dtype == VICINAL_BFLOAT16;
     if (problem.is_double) return VICINAL_SIMPLE;
-    if (dense_suits(problem, is_backward)) return VICINAL_DENSE;
+    if (!is_in_matrices && dense_suits(problem, is_backward)) return VICINAL_DENSE;
     return writes_keys && problem.call.dtype != VICINAL_FLOAT32 && splits_key_heads(problem) ? VICINAL_SIMPLE : VICINAL_TILES;
 }
 

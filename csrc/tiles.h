@@ -76,6 +76,7 @@ struct Job {
     int64_t dtype;
     int32_t num_sources;        // source lists: union members, and for wrapping transposed tables their turns
     int32_t rows_per_vector;
+    int32_t tile_rows, tile_columns;  // of targets, at most
     const Earlier* earlier;     // of all members; source list s leaves out the first num_earlier[s]
     const int32_t* num_earlier;
     int64_t panel_bytes;        // memory of a panel
@@ -111,6 +112,10 @@ struct Workspace {
 struct TileKernels {
     int lanes;
     int pair;  // numbers in a unit of a dot product: 2 for bfloat16 where it has instructions
+    bool targets_in_lanes;  // a tile is `lanes` targets, and sources are taken one by one
+    // Room for the gradient of one head's bias, and what adds that to the table of the head.
+    int64_t (*grad_bias_floats)(const Job& job);
+    void (*fold_grad_bias)(const Job& job, const float* from, float* to);
     // row_sums = sum over channels of grad_out * out, minus grad_lse, for the targets of a unit
     void (*row_sums)(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace);
     void (*forward)(const Job& job, const Unit& unit, int64_t sample, int64_t head, const Workspace& workspace);
@@ -129,6 +134,7 @@ const TileKernels* base_kernels();
 const TileKernels* avx2_kernels();    // null where the compiler could not build them
 const TileKernels* avx512_kernels();
 const TileKernels* avx512_bf16_kernels();  // for bfloat16 only
+const TileKernels* amx_kernels();          // for bfloat16 only
 
 }  // namespace vicinal
 

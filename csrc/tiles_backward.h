@@ -49,6 +49,24 @@ void row_sums_unit(const Job& job, const Unit& unit, int64_t sample, int64_t hea
 
 // ---- gradient of queries
 
+// The gradient of a head's bias is summed up where vectors read the bias.
+inline int64_t grad_bias_floats(const Job& job, int lanes) {
+    const BiasTable table = bias_layout(job.bias_length, job.rows_per_vector, lanes / job.rows_per_vector);
+    return table.plane * table.length[0] + lanes;
+}
+
+inline void fold_grad_bias(const Job& job, int lanes, const float* from, float* to) {
+    const BiasTable table = bias_layout(job.bias_length, job.rows_per_vector, lanes / job.rows_per_vector);
+    const int R = table.R, C = table.C;
+    for (int64_t a = 0; a < table.length[0]; ++a)
+        for (int64_t b = 0; b < table.length[1]; ++b)
+            for (int64_t c = 0; c < table.length[2]; ++c) {
+                float sum = 0.0f;
+                for (int r = 0; r < R; ++r) sum += from[a * table.plane + (b - r + R - 1) * table.row + (c + C) * R + r];
+                to[a * job.bias_stride[0] + b * job.bias_stride[1] + c * job.bias_stride[2]] += sum;
+            }
+}
+
 struct QueryTile {
     float lse[MOST_TARGETS], row_sum[MOST_TARGETS];
     float* sums[MOST_TARGETS];

@@ -305,7 +305,7 @@ VICINAL_APART void forward_pass(const Job& job, const Panel& panel, const float*
     }
 
 // Writes the log-sum-exp of a block's targets from their maxima and totals; these are overwritten.
-VICINAL_APART void finish_lse(const Block& block, int64_t lse_base, const float* top, float* total) {
+[[maybe_unused]] VICINAL_APART void finish_lse(const Block& block, int64_t lse_base, const float* top, float* total) {
     const Job& job = block.job;
     if (!job.lse) return;
     const int64_t targets = block.targets();

@@ -13,6 +13,8 @@ TileKernels all_of() {
     TileKernels kernels = {};
     kernels.lanes = S::LANES;
     kernels.pair = S::PAIR;
+    kernels.grad_bias_floats = [](const Job& job) { return grad_bias_floats(job, S::LANES); };
+    kernels.fold_grad_bias = [](const Job& job, const float* from, float* to) { fold_grad_bias(job, S::LANES, from, to); };
     kernels.row_sums = row_sums_unit<S>;
     kernels.forward = forward_unit<S>;
     kernels.grad_query = grad_query_unit<S>;

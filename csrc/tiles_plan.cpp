@@ -89,6 +89,7 @@ struct Cutting {
     int64_t unit;      // sources of a vector along this axis
     bool is_aligned;   // vectors begin at multiples of `unit` from the segment's first source
     int64_t most;      // targets of a tile
+    double each;       // what a vector costs for each of them
     double weight;     // what a vector costs beside its targets, in targets
     bool is_even;      // vectors begin at even sources
 };
@@ -139,7 +140,7 @@ void cut_segment(const ClassView& view, const Cutting& cutting, int64_t begin, i
         cost[i] = 1e300;
         for (int64_t n = 1; n <= std::min(cutting.most, count - i); ++n) {
             const double vectors = static_cast<double>(vectors_of(view, cutting, begin, begin + i, begin + i + n));
-            const double total = (n + cutting.weight) * vectors + cutting.weight + cost[i + n];
+            const double total = (cutting.each * n + cutting.weight) * vectors + cutting.weight + cost[i + n];
             if (total < cost[i]) {
                 cost[i] = total;
                 length[i] = n;
@@ -200,8 +201,8 @@ Shape choose_shape(const PlanRequest& request, const ClassView& rows, const Clas
         for (const auto& size : SIZES) {
             if ((size[0] > 1 && rows.targets == 1) || (size[1] > 1 && columns.targets == 1)) continue;
             for (double weight : {0.25, 1.0, 3.0}) {
-                const Cutting row_cut{R, true, size[0], weight, false};
-                const Cutting column_cut{request.lanes / R, false, size[1], weight, request.pair == 2 && R == 1};
+                const Cutting row_cut{R, true, size[0], 1.0, weight, false};
+                const Cutting column_cut{request.lanes / R, false, size[1], 1.0, weight, request.pair == 2 && R == 1};
                 const auto row_kinds = kinds_of(rows, row_cut, cut_class(rows, row_cut));
                 const auto column_kinds = kinds_of(columns, column_cut, cut_class(columns, column_cut));
                 double cost = 0;
@@ -212,6 +213,30 @@ Shape choose_shape(const PlanRequest& request, const ClassView& rows, const Clas
                 if (cost < best.cost) best = {R, row_cut, column_cut, cost};
             }
         }
+    }
+    return best;
+}
+
+// Cycles of a tile whose targets stand in lanes, counted for one plane: softmax takes rows of sources one by one, and
+// products up to 32 neighbors at once.
+double cost_in_lanes(const PlanRequest& request, double rows, double columns) {
+    const double products = std::ceil(columns / 32) * static_cast<double>(request.key_dim + request.value_dim) / 2;
+    return rows * (12 * columns + products + 20) + 8.0 * static_cast<double>(request.key_dim + request.value_dim) + 200;
+}
+
+// The shape of tiles whose targets stand in lanes: as many as there are lanes, or fewer.
+Shape choose_shape_in_lanes(const PlanRequest& request, const ClassView& rows, const ClassView& columns) {
+    Shape best{1, {}, {}, 1e300};
+    for (int64_t down = 1; down <= std::min<int64_t>(request.lanes, rows.targets); ++down) {
+        const Cutting row_cut{1, false, down, 0.0, 1.0, false};
+        const Cutting column_cut{1, false, std::min<int64_t>(request.lanes / down, columns.targets), 0.0, 1.0, false};
+        double cost = 0;
+        const auto column_kinds = kinds_of(columns, column_cut, cut_class(columns, column_cut));
+        for (const auto& [row, row_times] : kinds_of(rows, row_cut, cut_class(rows, row_cut)))
+            for (const auto& [column, column_times] : column_kinds)
+                cost += static_cast<double>(row_times) * static_cast<double>(column_times) *
+                        cost_in_lanes(request, static_cast<double>(row.second), static_cast<double>(column.second));
+        if (cost < best.cost) best = {1, row_cut, column_cut, cost};
     }
     return best;
 }
@@ -585,10 +610,14 @@ std::shared_ptr<const Plan> make_plan(const PlanRequest& request) {
         return ClassView{bounds[a], residue, step[a], (targets - residue + step[a] - 1) / step[a]};
     };
     const ClassView planes = view(0, 0), rows = view(1, 0), columns = view(2, 0);
-    const Shape shape = choose_shape(request, some_of(rows), some_of(columns), widest(request.lists, plan->order[1]));
+    const Shape shape = request.targets_in_lanes
+                            ? choose_shape_in_lanes(request, some_of(rows), some_of(columns))
+                            : choose_shape(request, some_of(rows), some_of(columns), widest(request.lists, plan->order[1]));
     plan->rows_per_vector = shape.rows_per_vector;
+    plan->tile_rows = static_cast<int>(shape.rows.most);
+    plan->tile_columns = static_cast<int>(shape.columns.most);
     plan->panel_bytes = panel_of(request);
-    const Cutting plane_cut{1, false, 1, 0.0, false};
+    const Cutting plane_cut{1, false, 1, 1.0, 0.0, false};
     const Cutting cuts[AXES] = {plane_cut, shape.rows, shape.columns};
     // vectors of several rows are aligned to the windows' own rows
     Ends ends[AXES] = {Ends::ANYWHERE, shape.rows_per_vector > 1 ? Ends::ALSO_AT_GAPS : Ends::ANYWHERE, Ends::ANYWHERE};

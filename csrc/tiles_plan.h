@@ -29,6 +29,7 @@ struct PlanRequest {
     int64_t targets[AXES], sources[AXES];  // the sample's own grids
     int lanes;
     int pair;                    // numbers in a unit
+    bool targets_in_lanes;       // a tile is `lanes` targets, and sources are taken one by one
     int64_t key_dim, value_dim;  // channels of a score, and of a weighted sum
     int64_t floats;              // packed per source
     int64_t token_bytes;         // from one target or source to the next, in memory
@@ -49,6 +50,7 @@ struct ClassAxis {
 struct Plan {
     int order[AXES];
     int rows_per_vector;
+    int tile_rows, tile_columns;  // of targets, at most
     int64_t panel_bytes;
     bool is_far;  // what all heads read of a block does not stay in a second-level cache
     std::vector<ClassAxis> classes[AXES];  // on each axis in its new place

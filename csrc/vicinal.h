@@ -24,7 +24,7 @@ extern "C" {
 enum vicinal_status { VICINAL_OK = 0, VICINAL_BAD_ARGUMENT = 1, VICINAL_NO_MEMORY = 2, VICINAL_FAILED = 3 };
 enum vicinal_dtype { VICINAL_FLOAT32 = 0, VICINAL_BFLOAT16 = 1, VICINAL_FLOAT16 = 2, VICINAL_FLOAT64 = 3 };
 enum vicinal_strategy { VICINAL_AUTO = 0, VICINAL_SIMPLE = 1, VICINAL_TILES = 2, VICINAL_DENSE = 3 };
-enum vicinal_isa { VICINAL_BEST = 0, VICINAL_BASE = 1, VICINAL_AVX2 = 2, VICINAL_AVX512 = 3, VICINAL_AVX512_BF16 = 4 };
+enum vicinal_isa { VICINAL_BEST = 0, VICINAL_BASE = 1, VICINAL_AVX2 = 2, VICINAL_AVX512 = 3, VICINAL_AVX512_BF16 = 4, VICINAL_AMX = 5 };
 
 // A tensor in its natural order of axes, with strides counted in elements; `data` 0 means there is none.
 typedef struct {

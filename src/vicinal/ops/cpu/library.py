@@ -21,7 +21,7 @@ import torch
 
 ABI = 2
 STRATEGIES = ("auto", "simple", "tiles", "dense")
-ISAS = ("best", "base", "avx2", "avx512", "avx512_bf16")
+ISAS = ("best", "base", "avx2", "avx512", "avx512_bf16", "amx")
 _NAME = {"win32": "_cpu.dll", "darwin": "_cpu.dylib"}.get(sys.platform, "_cpu.so")
 _PATH = Path(__file__).parents[2] / _NAME
 _MESSAGE_BYTES = 512

@@ -1,0 +1,655 @@
+// A tile for the matrix registers: 16 targets, one to a lane, against the sources that any of them sees, one to a row of
+// registers. What is there for one source and all targets is a vector, so that softmax runs down the rows, and masks are
+// 16 bits: those of the source's row times those of its column.
+//
+// Sources come in groups of up to 16 neighbors of one row. Two groups side by side are wide: weighted sums take them at
+// once.
+
+#ifndef VICINAL_AMX_KERNEL_H
+#define VICINAL_AMX_KERNEL_H
+
+#include "amx_panel.h"
+
+namespace vicinal {
+namespace {
+
+constexpr int MOST_GROUPS = 32;  // of sources that are looked at together
+
+struct AmxPass {
+    int count;                                 // of groups
+    int64_t place[MOST_GROUPS], at[MOST_GROUPS];  // in the panel: row of sources and first column
+    int sources[MOST_GROUPS];                  // 1 to 16
+    bool is_wide[MOST_GROUPS];                 // together with the next group
+    uint16_t seen[MOST_GROUPS][TILE];          // whose targets see a source
+    const float* bias[MOST_GROUPS];            // [source][lane] in the table or, where that has no such rows, in a room
+    int64_t plane[MOST_GROUPS], row[MOST_GROUPS], column[MOST_GROUPS];  // of the first source, in steps
+};
+
+// A head's bias as tiles read it, times log2(e): [plane][row][column][lane], where the lane of row r and column c of a
+// tile finds what stands r rows and c columns before. Without that, each is looked up by itself.
+struct AmxBias {
+    const float* table = nullptr;
+    const float* source = nullptr;  // as it was given
+    int64_t rows, columns;
+    bool is_even;  // the block's targets read the table one place apart
+};
+
+VICINAL_INLINE int64_t amx_bias_rows(const Job& job) { return job.bias_length[1] + job.tile_rows - 1; }
+VICINAL_INLINE int64_t amx_bias_columns(const Job& job) { return job.bias_length[2] + job.tile_columns - 1; }
+VICINAL_INLINE int64_t amx_bias_floats(const Job& job) {
+    return job.bias_length[0] * amx_bias_rows(job) * amx_bias_columns(job) * TILE;
+}
+
+// Calls function(place in the table, place in the bias) for all that tiles may read.
+template <class Function>
+inline void each_bias(const Job& job, const Function& function) {
+    const int64_t rows = amx_bias_rows(job), columns = amx_bias_columns(job);
+    for (int64_t plane = 0; plane < job.bias_length[0]; ++plane)
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t column = 0; column < columns; ++column)
+                for (int r = 0; r < job.tile_rows; ++r)
+                    for (int c = 0; c < job.tile_columns; ++c) {
+                        int64_t index[3] = {plane, row - r, column - c};
+                        if (index[1] < 0 || index[1] >= job.bias_length[1]) continue;
+                        if (index[2] < 0 || index[2] >= job.bias_length[2]) continue;
+                        int64_t at = 0;
+                        for (int a = 0; a < 3; ++a) {
+                            if (job.bias_is_reversed) index[a] = job.bias_length[a] - 1 - index[a];
+                            at += index[a] * job.bias_stride[a];
+                        }
+                        function(((plane * rows + row) * columns + column) * TILE + r * job.tile_columns + c, at);
+                    }
+}
+
+// The table of a head in the thread's workspace; kept while the head stays the same.
+inline AmxBias amx_bias_of(const Job& job, const Block& block, int64_t head, const Workspace& workspace) {
+    AmxBias bias;
+    if (!job.bias) return bias;
+    bias.rows = amx_bias_rows(job);
+    bias.columns = amx_bias_columns(job);
+    bias.source = job.bias + head * job.bias_head;
+    const auto is_even = [&](int axis, const Run& run) {
+        for (int list = 0; list < job.num_sources; ++list) {
+            const int32_t* offset = block.unit.axis[axis]->sources[list].bias_offset;
+            for (int32_t i = run.begin + 1; i < run.end; ++i)
+                if (offset[i] != offset[i - 1] - 1) return false;
+        }
+        return true;
+    };
+    bias.is_even = !job.center[0] && is_even(1, block.row) && is_even(2, block.column);
+    const int64_t floats = amx_bias_floats(job) + TILE;
+    char* memory = static_cast<char*>(workspace.get(AMX_BIAS, static_cast<size_t>(floats * 4 + 64)));
+    RememberedBias* remembered = reinterpret_cast<RememberedBias*>(memory);
+    float* table = reinterpret_cast<float*>(memory + 64);
+    bias.table = table;
+    if (remembered->serial != job.serial || remembered->head != head) {
+        std::memset(table, 0, static_cast<size_t>(floats) * 4);
+        each_bias(job, [&](int64_t to, int64_t from) { table[to] = bias.source[from] * LOG2_E; });
+        remembered->serial = job.serial;
+        remembered->head = head;
+    }
+    return bias;
+}
+
+// The columns that a column of tiles sees, and whose targets see each.
+struct AmxColumns {
+    int64_t low, count;
+    const uint16_t* seen;  // with zeros behind it
+};
+
+// The groups that a tile looks at, a pass at a time.
+struct AmxWalk {
+    const Block& block;
+    const Sources& sources;
+    const Chunk& chunk;
+    const AmxBias& bias;
+    bool targets_are_queries;
+    float* bias_room;  // [MOST_GROUPS][16][lane], where biases are looked up one by one
+    AmxRow* rows;
+    AmxColumns* columns;
+    int64_t num_rows = 0;
+
+    AmxWalk(const Block& b, const Sources& s, const Chunk& c, const AmxBias& table, bool queries, const Workspace& workspace)
+        : block(b), sources(s), chunk(c), bias(table), targets_are_queries(queries) {
+        const int64_t tiles = b.column_tiles.end - b.column_tiles.begin, groups = c.group_end - c.group_begin;
+        int64_t masks = 0;
+        for (int64_t tile = 0; tile < tiles; ++tile) masks += columns_of(tile).count + 2 * TILE;
+        const bool looks_up = b.job.bias && !s.is_extra && !table.is_even;
+        Arena arena{static_cast<char*>(workspace.get(
+            AMX_WALK, static_cast<size_t>(tiles * sizeof(AmxColumns) + groups * sizeof(AmxRow) + masks * 2 +
+                                          (looks_up ? MOST_GROUPS * TILE * TILE * 4 : 0) + 64 * 5)))};
+        columns = arena.take<AmxColumns>(tiles);
+        rows = arena.take<AmxRow>(groups);
+        uint16_t* seen = arena.take<uint16_t>(masks);
+        bias_room = looks_up ? arena.take<float>(MOST_GROUPS * TILE * TILE) : nullptr;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            columns[tile] = columns_of(tile);
+            columns[tile].seen = seen;
+            fill_columns(tile, seen);
+            seen += columns[tile].count + 2 * TILE;
+        }
+    }
+
+    VICINAL_INLINE Run targets_of(int64_t tile) const { return block.unit.axis[2]->tiles[block.column_tiles.begin + tile]; }
+
+    VICINAL_INLINE AmxColumns columns_of(int64_t tile) const {
+        const Run run = targets_of(tile);
+        const int64_t low = most(sources.low(2, run.begin), chunk.column_begin);
+        return {low, most(least(sources.high(2, run.end - 1), chunk.column_end) - low, 0), nullptr};
+    }
+
+    inline void fill_columns(int64_t tile, uint16_t* seen) const {
+        const AmxColumns& own = columns[tile];
+        const Run run = targets_of(tile);
+        for (int64_t i = 0; i < own.count + 2 * TILE; ++i) seen[i] = 0;
+        for (int32_t column = run.begin; column < run.end; ++column) {
+            uint16_t lanes = 0;
+            for (int r = 0; r < block.job.tile_rows; ++r)
+                lanes = static_cast<uint16_t>(lanes | 1u << (r * block.job.tile_columns + column - run.begin));
+            const int64_t begin = most(sources.low(2, column) - own.low, 0);
+            const int64_t end = least(sources.high(2, column) - own.low, own.count);
+            for (int64_t i = begin; i < end; ++i) seen[i] = static_cast<uint16_t>(seen[i] | lanes);
+        }
+    }
+
+    // Finds the rows of sources that a row of tiles sees.
+    VICINAL_INLINE void open_row(const Tile& tile) {
+        const Frame& f = sources.frame;
+        const int64_t low = sources.low(1, tile.row.begin), high = sources.high(1, tile.row.end - 1);
+        const uint32_t all = (1u << block.job.tile_columns) - 1u;
+        num_rows = 0;
+        for (int64_t plane = sources.low(0, tile.plane); plane < sources.high(0, tile.plane); ++plane) {
+            const int64_t base = (plane - f.plane_begin) * f.groups - f.row_origin;  // of row 0
+            const int64_t begin = most(low, chunk.group_begin - base), end = least(high, chunk.group_end - base);
+            for (int64_t row = begin; row < end; ++row) {
+                uint32_t lanes = 0;
+                for (int r = 0; r < tile.rows(); ++r)
+                    if (row >= sources.low(1, tile.row.begin + r) && row < sources.high(1, tile.row.begin + r))
+                        lanes |= all << (r * block.job.tile_columns);
+                if (!lanes) continue;
+                const int64_t group = base + row - chunk.group_begin;
+                rows[num_rows++] = {plane, row, group, chunk.place_of(plane - f.plane_begin, row - f.row_origin, group), lanes};
+            }
+        }
+    }
+
+    // Notes up to 16 sources; false where nobody sees any of them.
+    VICINAL_INLINE bool note(AmxPass& pass, int n, const AmxRow& row, const AmxColumns& across, int64_t first) const {
+        const __m256i lanes = _mm256_set1_epi16(static_cast<int16_t>(row.lanes));
+        const __m256i seen = _mm256_and_si256(lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(across.seen + first)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(pass.seen[n]), seen);
+        pass.place[n] = row.place;
+        pass.at[n] = across.low + first - chunk.column_begin;
+        pass.sources[n] = static_cast<int>(most(least(across.count - first, TILE), 0));
+        pass.is_wide[n] = false;
+        pass.plane[n] = row.plane;
+        pass.row[n] = row.row;
+        pass.column[n] = across.low + first;
+        return !_mm256_testz_si256(seen, seen);
+    }
+
+    // Calls flush(pass) for every pass.
+    template <class Flush>
+    VICINAL_INLINE void operator()(const Tile& tile, AmxPass& pass, const Flush& flush) const {
+        const AmxColumns& across = columns[tile.column_tile];
+        const bool has_earlier = !sources.is_extra && block.job.num_earlier[sources.list] > 0;
+        const bool has_bias = !sources.is_extra && bias.table;
+        pass.count = 0;
+        for (int64_t i = 0; i < num_rows; ++i)
+            for (int64_t first = 0; first < across.count; first += 2 * TILE) {
+                const int n = pass.count, groups = across.count - first > TILE ? 2 : 1;
+                bool is_seen = false;
+                for (int g = 0; g < groups; ++g)
+                    is_seen |= note(pass, n + g, rows[i], across, first + g * TILE);
+                if (!is_seen) continue;
+                pass.is_wide[n] = groups == 2;
+                for (int g = n; g < n + groups; ++g) {
+                    if (has_earlier) leave_out_earlier(tile, pass, g);
+                    if (has_bias) find_bias(tile, pass, g);
+                }
+                pass.count += groups;
+                if (pass.count + 2 > MOST_GROUPS) {
+                    flush(pass);
+                    pass.count = 0;
+                }
+            }
+        if (pass.count) flush(pass);
+    }
+
+    // Calls function(lane, targets of the class on the last two axes).
+    template <class Function>
+    VICINAL_INLINE void each_lane_of(const Tile& tile, const Function& function) const {
+        for (int32_t r = tile.row.begin; r < tile.row.end; ++r)
+            for (int32_t c = tile.column.begin; c < tile.column.end; ++c)
+                function((r - tile.row.begin) * block.job.tile_columns + c - tile.column.begin, r, c);
+    }
+
+    // Clears what an earlier member of a union has.
+    VICINAL_APART void leave_out_earlier(const Tile& tile, AmxPass& pass, int n) const {
+        const Frame& f = sources.frame;
+        const Axis* const* axis = block.unit.axis;
+        for (int i = 0; i < pass.sources[n]; ++i) {
+            const int64_t source[3] = {source_coordinate(*f.axis[0], pass.plane[n]),
+                                       source_coordinate(*f.axis[1], pass.row[n]),
+                                       source_coordinate(*f.axis[2], pass.column[n] + i)};
+            each_lane_of(tile, [&](int lane, int32_t r, int32_t c) {
+                if (!(pass.seen[n][i] >> lane & 1u)) return;
+                const int64_t target[3] = {axis[0]->first + static_cast<int64_t>(axis[0]->step) * tile.plane,
+                                           axis[1]->first + static_cast<int64_t>(axis[1]->step) * r,
+                                           axis[2]->first + static_cast<int64_t>(axis[2]->step) * c};
+                for (int m = 0; m < block.job.num_earlier[sources.list]; ++m) {
+                    bool is_seen = true;
+                    for (int a = 0; a < 3 && is_seen; ++a)
+                        is_seen = sees_earlier(block.job.earlier[m], a, targets_are_queries ? target[a] : source[a],
+                                               targets_are_queries ? source[a] : target[a]);
+                    if (is_seen) pass.seen[n][i] = static_cast<uint16_t>(pass.seen[n][i] & ~(1u << lane));
+                }
+            });
+        }
+    }
+
+    VICINAL_INLINE void find_bias(const Tile& tile, AmxPass& pass, int n) const {
+        if (bias.is_even) {
+            const Interval* const* axis = sources.frame.axis;
+            const int64_t plane = axis[0]->bias_offset[tile.plane] + pass.plane[n];
+            const int64_t row = axis[1]->bias_offset[tile.row.begin] + pass.row[n];
+            const int64_t column = axis[2]->bias_offset[tile.column.begin] + pass.column[n];
+            pass.bias[n] = bias.table + ((plane * bias.rows + row) * bias.columns + column) * TILE;
+        } else {
+            pass.bias[n] = bias_room + n * TILE * TILE;
+            look_up_bias(tile, pass, n);
+        }
+    }
+
+    // Where the bias has a pair that sees each other.
+    VICINAL_INLINE int64_t bias_place(const int32_t* target, const int64_t* place, const int64_t* target_at) const {
+        const Job& job = block.job;
+        int64_t at = 0;
+        for (int d = 0; d < 3; ++d) {
+            const Interval& axis = *sources.frame.axis[d];
+            int64_t index = axis.bias_offset[target[d]] + place[d];
+            if (job.center[0]) {
+                const int64_t center = job.center[d][axis.first + axis.step * place[d]];
+                // key and center differ by whole steps; bias_offset is half the table less the key's place in steps
+                const int64_t beyond = (target_at[d] % axis.step - center) / axis.step;
+                index = job.bias_length[d] - 1 - axis.bias_offset[target[d]] + beyond;
+            } else if (job.bias_is_reversed) {
+                index = job.bias_length[d] - 1 - index;
+            }
+            at += index * job.bias_stride[d];
+        }
+        return at;
+    }
+
+    // Calls function(source of the group, lane, place in the bias) for pairs that see each other.
+    template <class Function>
+    inline void each_looked_up(const Tile& tile, const AmxPass& pass, int n, const Function& function) const {
+        const Axis* const* axis = block.unit.axis;
+        for (int i = 0; i < pass.sources[n]; ++i)
+            each_lane_of(tile, [&](int lane, int32_t r, int32_t c) {
+                if (!(pass.seen[n][i] >> lane & 1u)) return;
+                const int32_t target[3] = {static_cast<int32_t>(tile.plane), r, c};
+                const int64_t place[3] = {pass.plane[n], pass.row[n], pass.column[n] + i};
+                const int64_t at[3] = {axis[0]->first + static_cast<int64_t>(axis[0]->step) * tile.plane,
+                                       axis[1]->first + static_cast<int64_t>(axis[1]->step) * r,
+                                       axis[2]->first + static_cast<int64_t>(axis[2]->step) * c};
+                function(i, lane, bias_place(target, place, at));
+            });
+    }
+
+    VICINAL_APART void look_up_bias(const Tile& tile, AmxPass& pass, int n) const {
+        float* to = bias_room + n * TILE * TILE;
+        for (int i = 0; i < TILE * TILE; ++i) to[i] = 0.0f;
+        each_looked_up(tile, pass, n, [&](int i, int lane, int64_t at) { to[i * TILE + lane] = bias.source[at] * LOG2_E; });
+    }
+
+    // Adds gradients of scores, which stand as [group][source][lane], to those of the bias.
+    VICINAL_APART void add_bias_gradient(const Tile& tile, const AmxPass& pass, const float* grads, float* grad_bias) const {
+        for (int n = 0; n < pass.count; ++n) {
+            const float* from = grads + n * TILE * TILE;
+            if (bias.is_even) {
+                float* to = grad_bias + (pass.bias[n] - bias.table);
+                for (int i = 0; i < pass.sources[n]; ++i, from += TILE, to += TILE)
+                    S::store(to, S::add(S::load(to), S::load(from)));
+            } else {
+                // lane 0 of the table's places is what stands 0 rows and columns before
+                each_looked_up(tile, pass, n, [&](int i, int lane, int64_t at) {
+                    grad_bias[plain_place(at)] += from[i * TILE + lane];
+                });
+            }
+        }
+    }
+
+    VICINAL_INLINE int64_t plain_place(int64_t at) const {
+        const Job& job = block.job;
+        int64_t index[3];
+        for (int a = 0; a < 3; ++a) index[a] = at / job.bias_stride[a] % job.bias_length[a];
+        return ((index[0] * bias.rows + index[1]) * bias.columns + index[2]) * TILE;
+    }
+};
+
+// Adds what `add_bias_gradient` has summed up to the gradient of a head's bias.
+inline void fold_bias_gradient(const Job& job, const float* table, float* to) {
+    each_bias(job, [&](int64_t from, int64_t at) { to[at] += table[from]; });
+}
+
+// ---- products
+
+// Scores of N groups: to[group][source][lane]. `rows` is the panel's, `targets` was laid by lay_pairs.
+template <int N>
+VICINAL_INLINE void score_groups(const AmxPass& pass, int first, const uint16_t* rows, int64_t columns, int64_t padded,
+                                 const uint16_t* targets, float* to) {
+    const uint16_t* from[N];
+    VICINAL_UNROLL
+    for (int n = 0; n < N; ++n) from[n] = rows + (pass.place[first + n] * columns + pass.at[first + n]) * padded;
+    Matrix::clear<SUM>();
+    if constexpr (N > 1) Matrix::clear<SUM + 1>();
+    if constexpr (N > 2) Matrix::clear<SUM + 2>();
+    if constexpr (N > 3) Matrix::clear<SUM + 3>();
+    for (int64_t d = 0; d < padded; d += MATRIX_DEPTH) {
+        Matrix::load<RIGHT>(targets + d * TILE, 64);
+        Matrix::load<LEFT>(from[0] + d, 2 * padded);
+        Matrix::multiply<SUM, LEFT, RIGHT>();
+        if constexpr (N > 1) {
+            Matrix::load<LEFT>(from[1] + d, 2 * padded);
+            Matrix::multiply<SUM + 1, LEFT, RIGHT>();
+        }
+        if constexpr (N > 2) {
+            Matrix::load<LEFT>(from[2] + d, 2 * padded);
+            Matrix::multiply<SUM + 2, LEFT, RIGHT>();
+        }
+        if constexpr (N > 3) {
+            Matrix::load<LEFT>(from[3] + d, 2 * padded);
+            Matrix::multiply<SUM + 3, LEFT, RIGHT>();
+        }
+    }
+    constexpr int64_t GROUP = TILE * TILE;
+    Matrix::store<SUM>(to + first * GROUP, 4 * TILE);
+    if constexpr (N > 1) Matrix::store<SUM + 1>(to + (first + 1) * GROUP, 4 * TILE);
+    if constexpr (N > 2) Matrix::store<SUM + 2>(to + (first + 2) * GROUP, 4 * TILE);
+    if constexpr (N > 3) Matrix::store<SUM + 3>(to + (first + 3) * GROUP, 4 * TILE);
+}
+
+VICINAL_INLINE void score_some(const AmxPass& pass, int first, int count, const AmxPanel& panel, int side,
+                               const uint16_t* targets, float* to) {
+    const uint16_t* rows = panel.rows[side];
+    const int64_t columns = panel.columns, padded = panel.padded[side];
+    switch (count) {
+        case 1: return score_groups<1>(pass, first, rows, columns, padded, targets, to);
+        case 2: return score_groups<2>(pass, first, rows, columns, padded, targets, to);
+        case 3: return score_groups<3>(pass, first, rows, columns, padded, targets, to);
+        default: return score_groups<4>(pass, first, rows, columns, padded, targets, to);
+    }
+}
+
+// Calls function(first, count) for the groups of a pass, up to four at a time.
+template <class Function>
+VICINAL_INLINE void each_four(const AmxPass& pass, const Function& function) {
+    for (int first = 0; first < pass.count; first += SUMS) function(first, static_cast<int>(least(SUMS, pass.count - first)));
+}
+
+// Sums of up to four times 16 channels in registers: [channel][lane].
+template <int N>
+struct Sums {
+    static VICINAL_INLINE void open(const float* from) {
+        if (!from) {
+            Matrix::clear<SUM>();
+            if constexpr (N > 1) Matrix::clear<SUM + 1>();
+            if constexpr (N > 2) Matrix::clear<SUM + 2>();
+            if constexpr (N > 3) Matrix::clear<SUM + 3>();
+            return;
+        }
+        Matrix::load<SUM>(from, 64);
+        if constexpr (N > 1) Matrix::load<SUM + 1>(from + 256, 64);
+        if constexpr (N > 2) Matrix::load<SUM + 2>(from + 512, 64);
+        if constexpr (N > 3) Matrix::load<SUM + 3>(from + 768, 64);
+    }
+    static VICINAL_INLINE void close(float* to) {
+        Matrix::store<SUM>(to, 64);
+        if constexpr (N > 1) Matrix::store<SUM + 1>(to + 256, 64);
+        if constexpr (N > 2) Matrix::store<SUM + 2>(to + 512, 64);
+        if constexpr (N > 3) Matrix::store<SUM + 3>(to + 768, 64);
+    }
+    template <int L, int R>
+    static VICINAL_INLINE void add_to(const uint16_t* across, int64_t width) {
+        Matrix::load<L>(across, 2 * width);
+        Matrix::multiply<SUM, L, R>();
+        if constexpr (N > 1) {
+            Matrix::load<L>(across + 16 * width, 2 * width);
+            Matrix::multiply<SUM + 1, L, R>();
+        }
+        if constexpr (N > 2) {
+            Matrix::load<L>(across + 32 * width, 2 * width);
+            Matrix::multiply<SUM + 2, L, R>();
+        }
+        if constexpr (N > 3) {
+            Matrix::load<L>(across + 48 * width, 2 * width);
+            Matrix::multiply<SUM + 3, L, R>();
+        }
+    }
+    // The weights of a group, or of two that are wide: pairs of sources, in the room of its scores.
+    static VICINAL_INLINE void add(const uint16_t* across, int64_t width, bool is_wide, const float* weights) {
+        if (is_wide) {
+            Matrix::load<RIGHT>(weights, 64);
+            add_to<LEFT, RIGHT>(across, width);
+        } else {
+            Matrix::load<SHORT_RIGHT>(weights, 64);
+            add_to<SHORT_LEFT, SHORT_RIGHT>(across, width);
+        }
+    }
+};
+
+// Where the numbers of a group stand in `across`, from a channel on.
+VICINAL_INLINE const uint16_t* across_of(const AmxPanel& panel, int side, const AmxPass& pass, int n, int64_t channel) {
+    return panel.across[side] + (pass.place[n] * panel.padded[side] + channel) * panel.width + pass.at[n];
+}
+
+template <int N>
+VICINAL_INLINE void mix_channels_of(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights,
+                                    int64_t channel, float* sums, bool is_fresh) {
+    float* own = sums + channel * TILE;
+    Sums<N>::open(is_fresh ? nullptr : own);
+    for (int n = 0; n < pass.count; n += pass.is_wide[n] ? 2 : 1)
+        Sums<N>::add(across_of(panel, side, pass, n, channel), panel.width, pass.is_wide[n], weights + n * TILE * TILE);
+    Sums<N>::close(own);
+}
+
+// sums[channel][lane] += what stands across, times weights, from a channel on.
+VICINAL_INLINE void mix_from(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights, int64_t channel,
+                             int64_t channels, float* sums, bool is_fresh) {
+    for (; channel < channels; channel += SUMS * TILE) switch (least((channels - channel + TILE - 1) / TILE, SUMS)) {
+            case 1: mix_channels_of<1>(panel, side, pass, weights, channel, sums, is_fresh); break;
+            case 2: mix_channels_of<2>(panel, side, pass, weights, channel, sums, is_fresh); break;
+            case 3: mix_channels_of<3>(panel, side, pass, weights, channel, sums, is_fresh); break;
+            default: mix_channels_of<4>(panel, side, pass, weights, channel, sums, is_fresh); break;
+        }
+}
+
+// The same where some number is infinite or none: nobody's sum takes what it does not see.
+VICINAL_APART void mix_with_care(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights,
+                                 int64_t channels, float* sums, bool is_fresh) {
+    if (is_fresh)
+        for (int64_t i = 0; i < round_up(channels, TILE) * TILE; ++i) sums[i] = 0.0f;
+    const uint16_t* pairs = nullptr;
+    for (int n = 0; n < pass.count; ++n) {
+        const int half = n && pass.is_wide[n - 1] ? 1 : 0;
+        if (!half) pairs = reinterpret_cast<const uint16_t*>(weights + n * TILE * TILE);
+        const uint16_t* across = across_of(panel, side, pass, n, 0);
+        for (int i = 0; i < pass.sources[n]; ++i)
+            for (int lane = 0; lane < TILE; ++lane) {
+                if (!(pass.seen[n][i] >> lane & 1u)) continue;
+                const int source = half * TILE + i;
+                const float weight = float_of_bfloat16(pairs[(source / 2 * TILE + lane) * 2 + source % 2]);
+                for (int64_t d = 0; d < channels; ++d)
+                    sums[d * TILE + lane] += weight * float_of_bfloat16(across[d * panel.width + i]);
+            }
+    }
+}
+
+VICINAL_INLINE void mix_all(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights, int64_t channels,
+                            float* sums, bool is_fresh) {
+    if (panel.is_finite[side])
+        mix_from(panel, side, pass, weights, 0, channels, sums, is_fresh);
+    else
+        mix_with_care(panel, side, pass, weights, channels, sums, is_fresh);
+}
+
+// ---- numbers of one source and all targets
+
+// Two rows as pairs of bfloat16, rounded to the nearest.
+VICINAL_INLINE void store_pair_rows(float* to, F even, F odd) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaau, low, high));
+}
+
+// The pairs of a group of so few sources that some are missing, up to the number that products read.
+VICINAL_INLINE void clear_pairs(float* weights, int sources, bool is_wide) {
+    for (int pair = (sources + 1) / 2; pair < (is_wide ? TILE : TILE / 2); ++pair) S::store(weights + pair * TILE, S::zero());
+}
+
+// 2^a where seen, 0 elsewhere and where that is no normal number; relative error at most 1.6e-7. NaN stays.
+VICINAL_INLINE F weight_of(F a, uint32_t seen) {
+    const F shift = S::all(12582912.0f);  // 2^23 + 2^22: adding it leaves whole numbers, in the lowest bits
+    const F shifted = S::add(a, shift), part = S::sub(a, S::sub(shifted, shift));
+    F value = S::all(1.3276472e-3f);
+    value = S::fma(value, part, S::all(9.6755410e-3f));
+    value = S::fma(value, part, S::all(5.5507131e-2f));
+    value = S::fma(value, part, S::all(2.4022120e-1f));
+    value = S::fma(value, part, S::all(6.9314694e-1f));
+    value = S::fma(value, part, S::all(1.0f));
+    const __mmask16 counts = _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(seen), a, S::all(-125.0f), _CMP_NLT_UQ);
+    const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(counts, _mm512_castps_si512(value), power));
+}
+
+// ---- targets
+
+// Where the targets of a tile stand in a tensor, lane by lane.
+template <class Function>
+VICINAL_INLINE void each_target_of(const Block& block, const Tile& tile, const int64_t* strides, int64_t base,
+                                   const Function& function) {
+    const Places places = block.places(tile, strides, base);
+    const int columns = tile.columns();
+    for (int r = 0; r < tile.rows(); ++r)
+        for (int c = 0; c < columns; ++c) function(r * block.job.tile_columns + c, places.at(r, c));
+}
+
+// The targets of a tile as the right side of scores; `room` holds 17 rows of channels, the last of them zeros.
+VICINAL_APART void load_tile(const Block& block, const Tile& tile, const Operand& operand, int64_t base, uint16_t* room,
+                             uint16_t* to) {
+    const int64_t padded = padded_channels(operand.dim);
+    const Rows from(operand, room, room + TILE * padded);
+    const uint16_t* row[TILE];
+    for (int lane = 0; lane < TILE; ++lane) row[lane] = from.zeros;
+    each_target_of(block, tile, operand.axis, base,
+                   [&](int lane, int64_t place) VICINAL_LAMBDA { row[lane] = from.at(place, lane); });
+    lay_pairs(row, padded, to);
+}
+
+// One float per lane; `other` for lanes nobody has.
+VICINAL_INLINE void load_lanes(const Block& block, const Tile& tile, const float* numbers, const int64_t* strides,
+                               int64_t base, float other, float* to) {
+    S::store(to, S::all(other));
+    each_target_of(block, tile, strides, base, [&](int lane, int64_t place) VICINAL_LAMBDA { to[lane] = numbers[place]; });
+}
+
+// Writes factor * sums, which stand as [channel][lane], or adds that to what is there.
+VICINAL_APART void store_tile(const Block& block, const Tile& tile, const Operand& operand, int64_t base, const float* sums,
+                              F factor, bool adds) {
+    const int64_t dim = operand.dim;
+    alignas(64) uint16_t rows[TILE][MATRIX_DEPTH];
+    alignas(64) float plain[TILE][MATRIX_DEPTH];
+    const bool is_whole = operand.channel == 1 && !adds;
+    for (int64_t d = 0; d < dim; d += MATRIX_DEPTH) {
+        const int64_t channels = least(dim - d, MATRIX_DEPTH);
+        __m512 low[16], high[16], from[16];
+        VICINAL_UNROLL
+        for (int i = 0; i < 16; ++i) from[i] = S::mul(S::load(sums + (d + i) * TILE), factor);
+        S::transpose(from, low);
+        VICINAL_UNROLL
+        for (int i = 0; i < 16; ++i) from[i] = channels > TILE ? S::mul(S::load(sums + (d + 16 + i) * TILE), factor) : S::zero();
+        S::transpose(from, high);
+        if (adds) {
+            for (int i = 0; i < TILE; ++i) {
+                S::store(plain[i], low[i]);
+                S::store(plain[i] + TILE, high[i]);
+            }
+        } else {
+            VICINAL_UNROLL
+            for (int i = 0; i < 16; ++i)
+                _mm512_store_si512(rows[i], reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high[i], low[i])));
+        }
+        each_target_of(block, tile, operand.axis, base, [&](int lane, int64_t place) VICINAL_LAMBDA {
+            uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + place + d * operand.channel;
+            if (is_whole && channels == MATRIX_DEPTH) {
+                _mm512_storeu_si512(to, _mm512_load_si512(rows[lane]));
+                return;
+            }
+            for (int64_t i = 0; i < channels; ++i) {
+                uint16_t& at = to[i * operand.channel];
+                at = adds ? bfloat16_of_float(plain[lane][i] + float_of_bfloat16(at)) : rows[lane][i];
+            }
+        });
+    }
+}
+
+// ---- lists of sources
+
+template <class Visit>
+inline void each_amx_chunk(const Block& block, const Sources& sources, const AmxPacking& packing, const Visit& visit) {
+    each_chunk<S>(block, sources, packing.floats(), visit);
+}
+
+// The keys that a block of queries sees, list by list: those of the grid, then the extra tokens.
+struct AmxKeys {
+    const Block& block;
+    AmxPacking& packing;
+    int64_t sample, head, tokens;
+
+    AmxKeys(const Block& b, AmxPacking& p, int64_t s, int64_t h) : block(b), packing(p), sample(s), head(h) {
+        tokens = b.job.extra_lengths ? b.job.extra_lengths[s] : b.job.extra_tokens;
+    }
+    VICINAL_INLINE int count() const { return block.job.num_sources + (tokens ? 1 : 0); }
+
+    VICINAL_INLINE void open(int list, Sources& sources) const {
+        const bool is_extra = list == block.job.num_sources;
+        if (is_extra)
+            open_extra<S>(tokens, sources);
+        else
+            open_sources<S>(block, list, sources);
+        packing.operand[0] = is_extra ? block.job.extra_key : block.job.key;
+        packing.operand[1] = is_extra ? block.job.extra_value : block.job.value;
+        for (int i = 0; i < 2; ++i)
+            packing.base[i] = sample * packing.operand[i].batch + head * packing.operand[i].head;
+    }
+
+    // Panels that all lists take; with one, nothing has to be kept between panels.
+    inline int64_t chunks() const {
+        int64_t total = 0;
+        Sources sources;
+        for (int list = 0; list < count(); ++list) {
+            open(list, sources);
+            const Cut cut = cut_sources(block, sources, block.job.panel_bytes, packing.floats());
+            total += cut.group_chunks * cut.column_chunks;
+        }
+        return total;
+    }
+};
+
+// A tile's number within its block.
+VICINAL_INLINE int64_t tile_number(const Block& block, const Tile& tile) {
+    const int64_t rows = block.row_tiles.end - block.row_tiles.begin, columns = block.column_tiles.end - block.column_tiles.begin;
+    return ((tile.plane - block.plane.begin) * rows + tile.row_tile - block.row_tiles.begin) * columns + tile.column_tile;
+}
+
+VICINAL_INLINE int64_t tiles_of(const Block& block) {
+    return static_cast<int64_t>(block.plane.end - block.plane.begin) * (block.row_tiles.end - block.row_tiles.begin) *
+           (block.column_tiles.end - block.column_tiles.begin);
+}
+
+}  // namespace
+}  // namespace vicinal
+
+#endif
