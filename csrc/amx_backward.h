@@ -38,7 +38,7 @@ struct AmxQueryRun {
     const Block& block;
     bool keeps_state;  // sums wait between panels
     int64_t query_base, grad_out_base, lse_base, sums_base, to_base;
-    float* sums;  // [tile][channel][lane]
+    float* sums;  // [tile][lane][channel]
     float* grad_bias;
     AmxRoom room;
 };
@@ -69,36 +69,34 @@ VICINAL_INLINE void differentiate_group(const AmxPass& pass, int n, float* score
         }
         store_pair_rows(pairs + i / 2 * TILE, even, odd);
     }
+    clear_pairs(pairs, pass.sources[n]);
 }
 
-// Of a group, or of two that are wide. Pairs take the place of `grads`.
+// Of a group, and of one that is turned together with it. What comes of it takes the place of `grads`.
 template <bool BIAS>
 VICINAL_INLINE void differentiate_groups(const AmxPass& pass, int n, float* scores, float* grads, F factor,
                                          const AmxQueryTile& tile, bool keeps) {
     constexpr int64_t GROUP = TILE * TILE;
     float *own = scores + n * GROUP, *to = grads + n * GROUP;
+    const int groups = groups_together(pass, n);
     differentiate_group<BIAS>(pass, n, own, to, to, factor, tile, keeps);
-    if (pass.is_wide[n])
-        differentiate_group<BIAS>(pass, n + 1, own + GROUP, to + GROUP, to + GROUP / 2, factor, tile, keeps);
-    clear_pairs(to, pass.sources[n] + (pass.is_wide[n] ? pass.sources[n + 1] : 0), pass.is_wide[n]);
+    if (groups == 2) differentiate_group<BIAS>(pass, n + 1, own + GROUP, to + GROUP, to + GROUP / 2, factor, tile, keeps);
+    turn_pairs(to, groups);
 }
 
 // Gradients of a pass's scores, and sums of the first channels meanwhile.
 template <int N, bool BIAS>
 VICINAL_INLINE void differentiate_and_mix(const AmxPanel& panel, const AmxPass& pass, float* scores, float* grads, F factor,
-                                          AmxQueryTile& tile, bool keeps) {
-    Sums<N>::open(tile.is_fresh ? nullptr : tile.sums);
+                                          AmxQueryTile& tile, int64_t row, bool keeps) {
+    Sums<N>::open(tile.is_fresh ? nullptr : tile.sums, row);
     int before = -1;
-    const auto mix = [&](int n) VICINAL_LAMBDA {
-        Sums<N>::add(across_of(panel, 0, pass, n, 0), panel.width, pass.is_wide[n], grads + n * TILE * TILE);
-    };
-    for (int n = 0; n < pass.count; n += pass.is_wide[n] ? 2 : 1) {
+    for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
         differentiate_groups<BIAS>(pass, n, scores, grads, factor, tile, keeps);
-        if (before >= 0) mix(before);
+        if (before >= 0) Sums<N>::add(panel, 0, pass, before, 0, grads);
         before = n;
     }
-    mix(before);
-    Sums<N>::close(tile.sums);
+    Sums<N>::add(panel, 0, pass, before, 0, grads);
+    Sums<N>::close(tile.sums, row);
 }
 
 template <bool BIAS>
@@ -109,18 +107,18 @@ VICINAL_INLINE void amx_query_pass(const AmxQueryRun& run, const AmxPanel& panel
         score_some(pass, first, count, panel, 1, run.room.second, grads);
     });
     const F factor = S::all(run.job.scale * LOG2_E);
-    const int64_t channels = run.job.query.dim;
+    const int64_t channels = run.job.query.dim, row = round_up(channels, TILE);
     const bool keeps = BIAS && run.grad_bias;
     if (panel.is_finite[0]) {
-        switch (least((channels + TILE - 1) / TILE, SUMS)) {
-            case 1: differentiate_and_mix<1, BIAS>(panel, pass, scores, grads, factor, tile, keeps); break;
-            case 2: differentiate_and_mix<2, BIAS>(panel, pass, scores, grads, factor, tile, keeps); break;
-            case 3: differentiate_and_mix<3, BIAS>(panel, pass, scores, grads, factor, tile, keeps); break;
-            default: differentiate_and_mix<4, BIAS>(panel, pass, scores, grads, factor, tile, keeps); break;
+        switch (least(row / TILE, SUMS)) {
+            case 1: differentiate_and_mix<1, BIAS>(panel, pass, scores, grads, factor, tile, row, keeps); break;
+            case 2: differentiate_and_mix<2, BIAS>(panel, pass, scores, grads, factor, tile, row, keeps); break;
+            case 3: differentiate_and_mix<3, BIAS>(panel, pass, scores, grads, factor, tile, row, keeps); break;
+            default: differentiate_and_mix<4, BIAS>(panel, pass, scores, grads, factor, tile, row, keeps); break;
         }
         mix_from(panel, 0, pass, grads, SUMS * TILE, channels, tile.sums, tile.is_fresh);
     } else {
-        for (int n = 0; n < pass.count; n += pass.is_wide[n] ? 2 : 1)
+        for (int n = 0; n < pass.count; n += groups_together(pass, n))
             differentiate_groups<BIAS>(pass, n, scores, grads, factor, tile, keeps);
         mix_with_care(panel, 0, pass, grads, channels, tile.sums, tile.is_fresh);
     }
@@ -171,8 +169,8 @@ inline void amx_grad_query_unit(const Job& job, const Unit& unit, int64_t sample
     const int64_t q_head = job.first_head + head, kv_head = q_head / job.shared;
     const int64_t channels = round_up(job.query.dim, TILE);
     AmxPacking packing;
-    packing.rows[0] = packing.rows[1] = packing.across[0] = true;
-    packing.across[1] = packing.lanes = false;
+    packing.rows[0] = packing.rows[1] = packing.paired[0] = true;
+    packing.paired[1] = packing.lanes = false;
     AmxKeys lists(block, packing, sample, kv_head);
     const bool keeps_state = lists.chunks() != 1;
     const int64_t kept = (keeps_state ? tiles_of(block) : 1) * channels * TILE;
@@ -216,7 +214,7 @@ struct AmxKeyRun {
     const Job& job;
     const Block& block;
     int64_t key_base, value_base;
-    float *key_sums, *value_sums;  // [tile][channel][lane]
+    float *key_sums, *value_sums;  // [tile][lane][channel]
     AmxRoom room;
 };
 
@@ -241,6 +239,8 @@ VICINAL_INLINE void weigh_and_differentiate(const AmxPanel& panel, const AmxPass
         store_pair_rows(weight_pairs + i / 2 * TILE, even, odd);
         if (needs_keys) store_pair_rows(grad_pairs + i / 2 * TILE, differentiate(i, even), differentiate(i + 1, odd));
     }
+    clear_pairs(weight_pairs, pass.sources[n]);
+    if (needs_keys) clear_pairs(grad_pairs, pass.sources[n]);
 }
 
 template <bool BIAS>
@@ -248,31 +248,28 @@ VICINAL_INLINE void weigh_and_differentiate_groups(const AmxPanel& panel, const 
                                                    float* grads, F factor, bool needs_keys) {
     constexpr int64_t GROUP = TILE * TILE;
     float *own = scores + n * GROUP, *to = grads + n * GROUP;
+    const int groups = groups_together(pass, n);
     weigh_and_differentiate<BIAS>(panel, pass, n, own, to, own, to, factor, needs_keys);
-    if (pass.is_wide[n])
+    if (groups == 2)
         weigh_and_differentiate<BIAS>(panel, pass, n + 1, own + GROUP, to + GROUP, own + GROUP / 2, to + GROUP / 2, factor,
                                       needs_keys);
-    const int sources = pass.sources[n] + (pass.is_wide[n] ? pass.sources[n + 1] : 0);
-    clear_pairs(own, sources, pass.is_wide[n]);
-    if (needs_keys) clear_pairs(to, sources, pass.is_wide[n]);
+    turn_pairs(own, groups);
+    if (needs_keys) turn_pairs(to, groups);
 }
 
 // Weights and gradients of a pass, and sums of the first channels of values meanwhile.
 template <int N, bool BIAS>
 VICINAL_INLINE void weigh_and_mix_values(const AmxPanel& panel, const AmxPass& pass, float* scores, float* grads, F factor,
-                                         bool needs_keys, float* sums) {
-    Sums<N>::open(sums);
+                                         bool needs_keys, float* sums, int64_t row) {
+    Sums<N>::open(sums, row);
     int before = -1;
-    const auto mix = [&](int n) VICINAL_LAMBDA {
-        Sums<N>::add(across_of(panel, 1, pass, n, 0), panel.width, pass.is_wide[n], scores + n * TILE * TILE);
-    };
-    for (int n = 0; n < pass.count; n += pass.is_wide[n] ? 2 : 1) {
+    for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
         weigh_and_differentiate_groups<BIAS>(panel, pass, n, scores, grads, factor, needs_keys);
-        if (before >= 0) mix(before);
+        if (before >= 0) Sums<N>::add(panel, 1, pass, before, 0, scores);
         before = n;
     }
-    mix(before);
-    Sums<N>::close(sums);
+    Sums<N>::add(panel, 1, pass, before, 0, scores);
+    Sums<N>::close(sums, row);
 }
 
 template <bool BIAS>
@@ -285,19 +282,19 @@ VICINAL_INLINE void amx_key_pass(const AmxKeyRun& run, const AmxPanel& panel, in
         if (needs_keys) score_some(pass, first, count, panel, 1, run.room.second, grads);
     });
     const F factor = S::all(job.scale * LOG2_E);
-    const int64_t channels = job.value.dim;
-    float* values = run.value_sums + number * round_up(channels, TILE) * TILE;
+    const int64_t channels = job.value.dim, row = round_up(channels, TILE);
+    float* values = run.value_sums + number * row * TILE;
     float* keys = run.key_sums + number * round_up(job.query.dim, TILE) * TILE;
     if (needs_values && panel.is_finite[1]) {
-        switch (least((channels + TILE - 1) / TILE, SUMS)) {
-            case 1: weigh_and_mix_values<1, BIAS>(panel, pass, scores, grads, factor, needs_keys, values); break;
-            case 2: weigh_and_mix_values<2, BIAS>(panel, pass, scores, grads, factor, needs_keys, values); break;
-            case 3: weigh_and_mix_values<3, BIAS>(panel, pass, scores, grads, factor, needs_keys, values); break;
-            default: weigh_and_mix_values<4, BIAS>(panel, pass, scores, grads, factor, needs_keys, values); break;
+        switch (least(row / TILE, SUMS)) {
+            case 1: weigh_and_mix_values<1, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
+            case 2: weigh_and_mix_values<2, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
+            case 3: weigh_and_mix_values<3, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
+            default: weigh_and_mix_values<4, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
         }
         mix_from(panel, 1, pass, scores, SUMS * TILE, channels, values, false);
     } else {
-        for (int n = 0; n < pass.count; n += pass.is_wide[n] ? 2 : 1)
+        for (int n = 0; n < pass.count; n += groups_together(pass, n))
             weigh_and_differentiate_groups<BIAS>(panel, pass, n, scores, grads, factor, needs_keys);
         if (needs_values) mix_with_care(panel, 1, pass, scores, channels, values, false);
     }
@@ -331,7 +328,7 @@ inline void amx_grad_key_value_unit(const Job& job, const Unit& unit, int64_t sa
     AmxPacking packing;
     packing.operand[0] = job.query;
     packing.operand[1] = job.grad_out;
-    packing.rows[0] = packing.rows[1] = packing.across[0] = packing.across[1] = packing.lanes = true;
+    packing.rows[0] = packing.rows[1] = packing.paired[0] = packing.paired[1] = packing.lanes = true;
     const int64_t kept = tiles_of(block) * TILE;
     Arena arena{static_cast<char*>(
         workspace.get(AMX_STATE, static_cast<size_t>(kept * (key_channels + value_channels) * 4 + 64 * 2)))};

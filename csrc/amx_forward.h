@@ -14,7 +14,7 @@ struct AmxForward {
     const Block& block;
     bool keeps_state;  // sums wait between panels
     int64_t query_base, out_base;
-    float *sums, *top, *total;  // [tile][channel][lane] and [tile][lane]; only one tile's sums where they do not wait
+    float *sums, *top, *total;  // [tile][lane][channel] and [tile][lane]; only one tile's sums where they do not wait
     uint16_t *rows, *targets;
     float* scores;
     AmxPass& pass;
@@ -63,32 +63,31 @@ VICINAL_INLINE void weigh_group(const AmxPass& pass, int n, const float* scores,
         total[1] = S::add(total[1], odd);
         store_pair_rows(pairs + i / 2 * TILE, even, odd);
     }
+    clear_pairs(pairs, pass.sources[n]);
 }
 
-// Weights of a group, or of two that are wide.
+// Weights of a group, and of one that is turned together with it.
 VICINAL_INLINE void weigh_groups(const AmxPass& pass, int n, float* scores, F factor, F top, F* total) {
     float* at = scores + n * TILE * TILE;
+    const int groups = groups_together(pass, n);
     weigh_group(pass, n, at, at, factor, top, total);
-    if (pass.is_wide[n]) weigh_group(pass, n + 1, at + TILE * TILE, at + TILE * TILE / 2, factor, top, total);
-    clear_pairs(at, pass.sources[n] + (pass.is_wide[n] ? pass.sources[n + 1] : 0), pass.is_wide[n]);
+    if (groups == 2) weigh_group(pass, n + 1, at + TILE * TILE, at + TILE * TILE / 2, factor, top, total);
+    turn_pairs(at, groups);
 }
 
 // Weights of a pass, and sums of the first channels meanwhile.
 template <int N>
 VICINAL_INLINE void weigh_and_mix(const AmxPanel& panel, const AmxPass& pass, float* scores, F factor, F top, F* total,
-                                  float* sums, bool is_fresh) {
-    Sums<N>::open(is_fresh ? nullptr : sums);
+                                  float* sums, int64_t row, bool is_fresh) {
+    Sums<N>::open(is_fresh ? nullptr : sums, row);
     int before = -1;
-    const auto mix = [&](int n) VICINAL_LAMBDA {
-        Sums<N>::add(across_of(panel, 1, pass, n, 0), panel.width, pass.is_wide[n], scores + n * TILE * TILE);
-    };
-    for (int n = 0; n < pass.count; n += pass.is_wide[n] ? 2 : 1) {
+    for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
         weigh_groups(pass, n, scores, factor, top, total);
-        if (before >= 0) mix(before);
+        if (before >= 0) Sums<N>::add(panel, 1, pass, before, 0, scores);
         before = n;
     }
-    mix(before);
-    Sums<N>::close(sums);
+    Sums<N>::add(panel, 1, pass, before, 0, scores);
+    Sums<N>::close(sums, row);
 }
 
 VICINAL_APART void amx_forward_pass(const Job& job, const AmxPanel& panel, const uint16_t* targets, AmxState& state,
@@ -104,24 +103,28 @@ VICINAL_APART void amx_forward_pass(const Job& job, const AmxPanel& panel, const
     top = largest_scores(pass, before, pass.count - before, scores, scale, has_bias, top);
     const F factor = has_bias ? S::all(1.0f) : scale;  // scores with a bias are scaled already
     F total[2] = {S::zero(), S::zero()};
-    const int64_t channels = job.value.dim;
-    const int first = static_cast<int>(least((channels + TILE - 1) / TILE, SUMS));
+    const int64_t channels = job.value.dim, row = round_up(channels, TILE);
     if (!state.is_fresh) {
         const F change = exp2_of<S>(S::sub(state.top, top));
         state.total = S::mul(state.total, change);
-        for (int64_t d = 0; d < round_up(channels, TILE); ++d)
-            S::store(state.sums + d * TILE, S::mul(S::load(state.sums + d * TILE), change));
+        alignas(64) float changes[TILE];
+        S::store(changes, change);
+        for (int lane = 0; lane < TILE; ++lane)
+            for (int64_t d = 0; d < row; d += TILE) {
+                float* at = state.sums + lane * row + d;
+                S::store(at, S::mul(S::load(at), S::all(changes[lane])));
+            }
     }
     if (panel.is_finite[1]) {
-        switch (first) {
-            case 1: weigh_and_mix<1>(panel, pass, scores, factor, top, total, state.sums, state.is_fresh); break;
-            case 2: weigh_and_mix<2>(panel, pass, scores, factor, top, total, state.sums, state.is_fresh); break;
-            case 3: weigh_and_mix<3>(panel, pass, scores, factor, top, total, state.sums, state.is_fresh); break;
-            default: weigh_and_mix<4>(panel, pass, scores, factor, top, total, state.sums, state.is_fresh); break;
+        switch (least(row / TILE, SUMS)) {
+            case 1: weigh_and_mix<1>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
+            case 2: weigh_and_mix<2>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
+            case 3: weigh_and_mix<3>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
+            default: weigh_and_mix<4>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
         }
         mix_from(panel, 1, pass, scores, SUMS * TILE, channels, state.sums, state.is_fresh);
     } else {
-        for (int n = 0; n < pass.count; n += pass.is_wide[n] ? 2 : 1) weigh_groups(pass, n, scores, factor, top, total);
+        for (int n = 0; n < pass.count; n += groups_together(pass, n)) weigh_groups(pass, n, scores, factor, top, total);
         mix_with_care(panel, 1, pass, scores, channels, state.sums, state.is_fresh);
     }
     state.top = top;
@@ -177,11 +180,11 @@ inline void amx_forward_unit(const Job& job, const Unit& unit, int64_t sample, i
     const int64_t q_head = job.first_head + head, kv_head = q_head / job.shared;
     const int64_t channels = round_up(job.value.dim, TILE), padded = padded_channels(job.query.dim);
     AmxPacking packing;
-    packing.rows[0] = packing.across[1] = true;
-    packing.rows[1] = packing.across[0] = packing.lanes = false;
+    packing.rows[0] = packing.paired[1] = true;
+    packing.rows[1] = packing.paired[0] = packing.lanes = false;
     AmxKeys lists(block, packing, sample, kv_head);
     const bool keeps_state = lists.chunks() != 1;
-    const int64_t tiles = tiles_of(block), kept = (keeps_state ? tiles : 1) * round_up(channels, MATRIX_DEPTH);
+    const int64_t tiles = tiles_of(block), kept = (keeps_state ? tiles : 1) * channels;
     Arena arena{static_cast<char*>(
         workspace.get(AMX_STATE, static_cast<size_t>((kept + 2 * tiles) * TILE * 4 + (2 * TILE + 1) * padded * 2 + 64 * 8)))};
     Arena room{static_cast<char*>(workspace.get(AMX_PASS, MOST_GROUPS * TILE * TILE * 4 + sizeof(AmxPass) + 64))};

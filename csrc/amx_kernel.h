@@ -37,8 +37,12 @@ struct AmxBias {
 VICINAL_INLINE int64_t amx_bias_rows(const Job& job) { return job.bias_length[1] + job.tile_rows - 1; }
 VICINAL_INLINE int64_t amx_bias_columns(const Job& job) { return job.bias_length[2] + job.tile_columns - 1; }
 VICINAL_INLINE int64_t amx_bias_floats(const Job& job) {
-    return job.bias_length[0] * amx_bias_rows(job) * amx_bias_columns(job) * TILE;
+    return (job.bias_length[0] * amx_bias_rows(job) * amx_bias_columns(job) + 2) * TILE;
 }
+
+// A tile may look at a source before those that anybody sees, and after them, though nothing comes of it.
+constexpr int64_t BIAS_BEGIN = TILE;
+
 
 // Calls function(place in the table, place in the bias) for all that tiles may read.
 template <class Function>
@@ -57,7 +61,7 @@ inline void each_bias(const Job& job, const Function& function) {
                             if (job.bias_is_reversed) index[a] = job.bias_length[a] - 1 - index[a];
                             at += index[a] * job.bias_stride[a];
                         }
-                        function(((plane * rows + row) * columns + column) * TILE + r * job.tile_columns + c, at);
+                        function(BIAS_BEGIN + ((plane * rows + row) * columns + column) * TILE + r * job.tile_columns + c, at);
                     }
 }
 
@@ -77,7 +81,7 @@ inline AmxBias amx_bias_of(const Job& job, const Block& block, int64_t head, con
         return true;
     };
     bias.is_even = !job.center[0] && is_even(1, block.row) && is_even(2, block.column);
-    const int64_t floats = amx_bias_floats(job) + TILE;
+    const int64_t floats = amx_bias_floats(job);
     char* memory = static_cast<char*>(workspace.get(AMX_BIAS, static_cast<size_t>(floats * 4 + 64)));
     RememberedBias* remembered = reinterpret_cast<RememberedBias*>(memory);
     float* table = reinterpret_cast<float*>(memory + 64);
@@ -134,7 +138,8 @@ struct AmxWalk {
 
     VICINAL_INLINE AmxColumns columns_of(int64_t tile) const {
         const Run run = targets_of(tile);
-        const int64_t low = most(sources.low(2, run.begin), chunk.column_begin);
+        int64_t low = most(sources.low(2, run.begin), chunk.column_begin);
+        low -= (low - chunk.column_begin) & 1;  // pairs are not torn apart
         return {low, most(least(sources.high(2, run.end - 1), chunk.column_end) - low, 0), nullptr};
     }
 
@@ -254,7 +259,7 @@ struct AmxWalk {
             const int64_t plane = axis[0]->bias_offset[tile.plane] + pass.plane[n];
             const int64_t row = axis[1]->bias_offset[tile.row.begin] + pass.row[n];
             const int64_t column = axis[2]->bias_offset[tile.column.begin] + pass.column[n];
-            pass.bias[n] = bias.table + ((plane * bias.rows + row) * bias.columns + column) * TILE;
+            pass.bias[n] = bias.table + BIAS_BEGIN + ((plane * bias.rows + row) * bias.columns + column) * TILE;
         } else {
             pass.bias[n] = bias_room + n * TILE * TILE;
             look_up_bias(tile, pass, n);
@@ -324,7 +329,7 @@ struct AmxWalk {
         const Job& job = block.job;
         int64_t index[3];
         for (int a = 0; a < 3; ++a) index[a] = at / job.bias_stride[a] % job.bias_length[a];
-        return ((index[0] * bias.rows + index[1]) * bias.columns + index[2]) * TILE;
+        return BIAS_BEGIN + ((index[0] * bias.rows + index[1]) * bias.columns + index[2]) * TILE;
     }
 };
 
@@ -388,10 +393,20 @@ VICINAL_INLINE void each_four(const AmxPass& pass, const Function& function) {
     for (int first = 0; first < pass.count; first += SUMS) function(first, static_cast<int>(least(SUMS, pass.count - first)));
 }
 
-// Sums of up to four times 16 channels in registers: [channel][lane].
+// Groups whose weights are turned together: one after another of a row, two of different rows, or one alone.
+VICINAL_INLINE int groups_together(const AmxPass& pass, int n) {
+    return pass.is_wide[n] || (n + 1 < pass.count && !pass.is_wide[n + 1]) ? 2 : 1;
+}
+
+// Where the pairs of a group begin, from a channel on.
+VICINAL_INLINE const uint16_t* paired_of(const AmxPanel& panel, int side, const AmxPass& pass, int n, int64_t channel) {
+    return panel.paired[side] + (pass.place[n] * panel.columns + pass.at[n]) * panel.padded[side] + 2 * channel;
+}
+
+// Sums of up to four times 16 channels in registers: [lane][channel], `row` floats from lane to lane.
 template <int N>
 struct Sums {
-    static VICINAL_INLINE void open(const float* from) {
+    static VICINAL_INLINE void open(const float* from, int64_t row) {
         if (!from) {
             Matrix::clear<SUM>();
             if constexpr (N > 1) Matrix::clear<SUM + 1>();
@@ -399,91 +414,86 @@ struct Sums {
             if constexpr (N > 3) Matrix::clear<SUM + 3>();
             return;
         }
-        Matrix::load<SUM>(from, 64);
-        if constexpr (N > 1) Matrix::load<SUM + 1>(from + 256, 64);
-        if constexpr (N > 2) Matrix::load<SUM + 2>(from + 512, 64);
-        if constexpr (N > 3) Matrix::load<SUM + 3>(from + 768, 64);
+        Matrix::load<SUM>(from, 4 * row);
+        if constexpr (N > 1) Matrix::load<SUM + 1>(from + 16, 4 * row);
+        if constexpr (N > 2) Matrix::load<SUM + 2>(from + 32, 4 * row);
+        if constexpr (N > 3) Matrix::load<SUM + 3>(from + 48, 4 * row);
     }
-    static VICINAL_INLINE void close(float* to) {
-        Matrix::store<SUM>(to, 64);
-        if constexpr (N > 1) Matrix::store<SUM + 1>(to + 256, 64);
-        if constexpr (N > 2) Matrix::store<SUM + 2>(to + 512, 64);
-        if constexpr (N > 3) Matrix::store<SUM + 3>(to + 768, 64);
+    static VICINAL_INLINE void close(float* to, int64_t row) {
+        Matrix::store<SUM>(to, 4 * row);
+        if constexpr (N > 1) Matrix::store<SUM + 1>(to + 16, 4 * row);
+        if constexpr (N > 2) Matrix::store<SUM + 2>(to + 32, 4 * row);
+        if constexpr (N > 3) Matrix::store<SUM + 3>(to + 48, 4 * row);
     }
     template <int L, int R>
-    static VICINAL_INLINE void add_to(const uint16_t* across, int64_t width) {
-        Matrix::load<L>(across, 2 * width);
+    static VICINAL_INLINE void add_product(const void* weights, const uint16_t* pairs, int64_t padded) {
+        Matrix::load<L>(weights, 64);
+        Matrix::load<R>(pairs, 4 * padded);
         Matrix::multiply<SUM, L, R>();
         if constexpr (N > 1) {
-            Matrix::load<L>(across + 16 * width, 2 * width);
+            Matrix::load<R>(pairs + 32, 4 * padded);
             Matrix::multiply<SUM + 1, L, R>();
         }
         if constexpr (N > 2) {
-            Matrix::load<L>(across + 32 * width, 2 * width);
+            Matrix::load<R>(pairs + 64, 4 * padded);
             Matrix::multiply<SUM + 2, L, R>();
         }
         if constexpr (N > 3) {
-            Matrix::load<L>(across + 48 * width, 2 * width);
+            Matrix::load<R>(pairs + 96, 4 * padded);
             Matrix::multiply<SUM + 3, L, R>();
         }
     }
-    // The weights of a group, or of two that are wide: pairs of sources, in the room of its scores.
-    static VICINAL_INLINE void add(const uint16_t* across, int64_t width, bool is_wide, const float* weights) {
-        if (is_wide) {
-            Matrix::load<RIGHT>(weights, 64);
-            add_to<LEFT, RIGHT>(across, width);
-        } else {
-            Matrix::load<SHORT_RIGHT>(weights, 64);
-            add_to<SHORT_LEFT, SHORT_RIGHT>(across, width);
-        }
+    // Adds the weights of a group and those turned together with it, [lane][source].
+    static VICINAL_INLINE void add(const AmxPanel& panel, int side, const AmxPass& pass, int n, int64_t channel,
+                                   const float* weights) {
+        const float* own = weights + n * TILE * TILE;
+        const uint16_t* pairs = paired_of(panel, side, pass, n, channel);
+        if (pass.is_wide[n]) return add_product<LEFT, RIGHT>(own, pairs, panel.padded[side]);
+        add_product<SHORT_LEFT, SHORT_RIGHT>(own, pairs, panel.padded[side]);
+        if (groups_together(pass, n) == 2)
+            add_product<SHORT_LEFT, SHORT_RIGHT>(own + TILE / 2, paired_of(panel, side, pass, n + 1, channel), panel.padded[side]);
     }
 };
 
-// Where the numbers of a group stand in `across`, from a channel on.
-VICINAL_INLINE const uint16_t* across_of(const AmxPanel& panel, int side, const AmxPass& pass, int n, int64_t channel) {
-    return panel.across[side] + (pass.place[n] * panel.padded[side] + channel) * panel.width + pass.at[n];
-}
-
 template <int N>
 VICINAL_INLINE void mix_channels_of(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights,
-                                    int64_t channel, float* sums, bool is_fresh) {
-    float* own = sums + channel * TILE;
-    Sums<N>::open(is_fresh ? nullptr : own);
-    for (int n = 0; n < pass.count; n += pass.is_wide[n] ? 2 : 1)
-        Sums<N>::add(across_of(panel, side, pass, n, channel), panel.width, pass.is_wide[n], weights + n * TILE * TILE);
-    Sums<N>::close(own);
+                                    int64_t channel, int64_t row, float* sums, bool is_fresh) {
+    Sums<N>::open(is_fresh ? nullptr : sums + channel, row);
+    for (int n = 0; n < pass.count; n += groups_together(pass, n)) Sums<N>::add(panel, side, pass, n, channel, weights);
+    Sums<N>::close(sums + channel, row);
 }
 
-// sums[channel][lane] += what stands across, times weights, from a channel on.
+// sums[lane][channel] += weights times sources, from a channel on.
 VICINAL_INLINE void mix_from(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights, int64_t channel,
                              int64_t channels, float* sums, bool is_fresh) {
-    for (; channel < channels; channel += SUMS * TILE) switch (least((channels - channel + TILE - 1) / TILE, SUMS)) {
-            case 1: mix_channels_of<1>(panel, side, pass, weights, channel, sums, is_fresh); break;
-            case 2: mix_channels_of<2>(panel, side, pass, weights, channel, sums, is_fresh); break;
-            case 3: mix_channels_of<3>(panel, side, pass, weights, channel, sums, is_fresh); break;
-            default: mix_channels_of<4>(panel, side, pass, weights, channel, sums, is_fresh); break;
+    const int64_t row = round_up(channels, TILE);
+    for (; channel < channels; channel += SUMS * TILE) switch (least((row - channel) / TILE, SUMS)) {
+            case 1: mix_channels_of<1>(panel, side, pass, weights, channel, row, sums, is_fresh); break;
+            case 2: mix_channels_of<2>(panel, side, pass, weights, channel, row, sums, is_fresh); break;
+            case 3: mix_channels_of<3>(panel, side, pass, weights, channel, row, sums, is_fresh); break;
+            default: mix_channels_of<4>(panel, side, pass, weights, channel, row, sums, is_fresh); break;
         }
 }
 
 // The same where some number is infinite or none: nobody's sum takes what it does not see.
 VICINAL_APART void mix_with_care(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights,
                                  int64_t channels, float* sums, bool is_fresh) {
+    const int64_t row = round_up(channels, TILE);
     if (is_fresh)
-        for (int64_t i = 0; i < round_up(channels, TILE) * TILE; ++i) sums[i] = 0.0f;
-    const uint16_t* pairs = nullptr;
-    for (int n = 0; n < pass.count; ++n) {
-        const int half = n && pass.is_wide[n - 1] ? 1 : 0;
-        if (!half) pairs = reinterpret_cast<const uint16_t*>(weights + n * TILE * TILE);
-        const uint16_t* across = across_of(panel, side, pass, n, 0);
-        for (int i = 0; i < pass.sources[n]; ++i)
-            for (int lane = 0; lane < TILE; ++lane) {
-                if (!(pass.seen[n][i] >> lane & 1u)) continue;
-                const int source = half * TILE + i;
-                const float weight = float_of_bfloat16(pairs[(source / 2 * TILE + lane) * 2 + source % 2]);
-                for (int64_t d = 0; d < channels; ++d)
-                    sums[d * TILE + lane] += weight * float_of_bfloat16(across[d * panel.width + i]);
-            }
-    }
+        for (int64_t i = 0; i < row * TILE; ++i) sums[i] = 0.0f;
+    for (int first = 0; first < pass.count; first += groups_together(pass, first))
+        for (int n = first; n < first + groups_together(pass, first); ++n) {
+            const uint16_t* own = reinterpret_cast<const uint16_t*>(weights + first * TILE * TILE) + (n - first) * TILE;
+            const uint16_t* pairs = paired_of(panel, side, pass, n, 0);
+            for (int i = 0; i < pass.sources[n]; ++i)
+                for (int lane = 0; lane < TILE; ++lane) {
+                    if (!(pass.seen[n][i] >> lane & 1u)) continue;
+                    const float weight = float_of_bfloat16(own[lane * 2 * TILE + i]);
+                    const uint16_t* source = pairs + i / 2 * 2 * panel.padded[side] + i % 2;
+                    for (int64_t d = 0; d < channels; ++d)
+                        sums[lane * row + d] += weight * float_of_bfloat16(source[2 * d]);
+                }
+        }
 }
 
 VICINAL_INLINE void mix_all(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights, int64_t channels,
@@ -504,9 +514,21 @@ VICINAL_INLINE void store_pair_rows(float* to, F even, F odd) {
     _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaau, low, high));
 }
 
-// The pairs of a group of so few sources that some are missing, up to the number that products read.
-VICINAL_INLINE void clear_pairs(float* weights, int sources, bool is_wide) {
-    for (int pair = (sources + 1) / 2; pair < (is_wide ? TILE : TILE / 2); ++pair) S::store(weights + pair * TILE, S::zero());
+// Clears the pairs of a group that has so few sources that some are missing.
+VICINAL_INLINE void clear_pairs(float* pairs, int sources) {
+    for (int pair = (sources + 1) / 2; pair < TILE / 2; ++pair) S::store(pairs + pair * TILE, S::zero());
+}
+
+// Turns 16 rows of pairs, [pair of sources][lane], into [lane][source]; those of a group alone are 8.
+VICINAL_INLINE void turn_pairs(float* pairs, int groups) {
+    __m512 from[16], turned[16];
+    VICINAL_UNROLL
+    for (int i = 0; i < 8; ++i) from[i] = S::load(pairs + i * TILE);
+    VICINAL_UNROLL
+    for (int i = 8; i < 16; ++i) from[i] = groups == 2 ? S::load(pairs + i * TILE) : S::zero();
+    S::transpose(from, turned);
+    VICINAL_UNROLL
+    for (int i = 0; i < 16; ++i) S::store(pairs + i * TILE, turned[i]);
 }
 
 // 2^a where seen, 0 elsewhere and where that is no normal number; relative error at most 1.6e-7. NaN stays.
@@ -555,44 +577,28 @@ VICINAL_INLINE void load_lanes(const Block& block, const Tile& tile, const float
     each_target_of(block, tile, strides, base, [&](int lane, int64_t place) VICINAL_LAMBDA { to[lane] = numbers[place]; });
 }
 
-// Writes factor * sums, which stand as [channel][lane], or adds that to what is there.
+// Writes factors[lane] * sums[lane][channel], or adds that to what is there.
 VICINAL_APART void store_tile(const Block& block, const Tile& tile, const Operand& operand, int64_t base, const float* sums,
                               F factor, bool adds) {
-    const int64_t dim = operand.dim;
-    alignas(64) uint16_t rows[TILE][MATRIX_DEPTH];
-    alignas(64) float plain[TILE][MATRIX_DEPTH];
+    const int64_t dim = operand.dim, row = round_up(dim, TILE);
     const bool is_whole = operand.channel == 1 && !adds;
-    for (int64_t d = 0; d < dim; d += MATRIX_DEPTH) {
-        const int64_t channels = least(dim - d, MATRIX_DEPTH);
-        __m512 low[16], high[16], from[16];
-        VICINAL_UNROLL
-        for (int i = 0; i < 16; ++i) from[i] = S::mul(S::load(sums + (d + i) * TILE), factor);
-        S::transpose(from, low);
-        VICINAL_UNROLL
-        for (int i = 0; i < 16; ++i) from[i] = channels > TILE ? S::mul(S::load(sums + (d + 16 + i) * TILE), factor) : S::zero();
-        S::transpose(from, high);
-        if (adds) {
-            for (int i = 0; i < TILE; ++i) {
-                S::store(plain[i], low[i]);
-                S::store(plain[i] + TILE, high[i]);
+    alignas(64) float factors[TILE];
+    S::store(factors, factor);
+    each_target_of(block, tile, operand.axis, base, [&](int lane, int64_t place) VICINAL_LAMBDA {
+        uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + place;
+        const float* from = sums + lane * row;
+        const F by = S::all(factors[lane]);
+        int64_t d = 0;
+        if (is_whole)
+            for (; d + MATRIX_DEPTH <= dim; d += MATRIX_DEPTH) {
+                const F low = S::mul(S::load(from + d), by), high = S::mul(S::load(from + d + TILE), by);
+                _mm512_storeu_si512(to + d, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
             }
-        } else {
-            VICINAL_UNROLL
-            for (int i = 0; i < 16; ++i)
-                _mm512_store_si512(rows[i], reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high[i], low[i])));
+        for (; d < dim; ++d) {
+            uint16_t& at = to[d * operand.channel];
+            at = bfloat16_of_float(adds ? from[d] * factors[lane] + float_of_bfloat16(at) : from[d] * factors[lane]);
         }
-        each_target_of(block, tile, operand.axis, base, [&](int lane, int64_t place) VICINAL_LAMBDA {
-            uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + place + d * operand.channel;
-            if (is_whole && channels == MATRIX_DEPTH) {
-                _mm512_storeu_si512(to, _mm512_load_si512(rows[lane]));
-                return;
-            }
-            for (int64_t i = 0; i < channels; ++i) {
-                uint16_t& at = to[i * operand.channel];
-                at = adds ? bfloat16_of_float(plain[lane][i] + float_of_bfloat16(at)) : rows[lane][i];
-            }
-        });
-    }
+    });
 }
 
 // ---- lists of sources

@@ -1,10 +1,11 @@
 // Panels for the matrix registers: the sources that a block of targets needs, in bfloat16 and in their own order.
 //
-//   rows    [place][column][channel]   left of scores: a row of numbers per source
-//   across  [place][channel][column]   left of weighted sums: a row of numbers per channel
+//   rows    [place][column][channel]         left of scores: a row of numbers per source
+//   paired  [place][column / 2][channel][2]  right of weighted sums: a row of pairs for every two neighboring sources
 //
-// A place is a row of sources of one plane. Channels are filled up to 32 with zeros. Behind the columns of `across` stand
-// zeros, which weights of 0 are multiplied with; what stands behind those of `rows` is never looked at.
+// A place is a row of sources of one plane. Channels are filled up to 32 with zeros. Behind the columns of `paired` stand
+// zeros, which weights of 0 are multiplied with; what stands behind those of `rows` is never looked at. All that matrix
+// registers load are whole cache lines: a row that stands in two takes six times as long.
 
 #ifndef VICINAL_AMX_PANEL_H
 #define VICINAL_AMX_PANEL_H
@@ -24,30 +25,20 @@ constexpr int TILE = 16;  // targets of a tile, one to a lane
 
 VICINAL_INLINE int64_t padded_channels(int64_t dim) { return round_up(dim, MATRIX_DEPTH); }
 
-// One number each of 16 sources, from 16 rows of channels. `is_finite` is cleared where one is not.
-VICINAL_INLINE void lay_across(const uint16_t* const* rows, int64_t channels, uint16_t* to, int64_t width, bool& is_finite) {
+// Two rows of channels as pairs. `is_finite` is cleared where a number is not.
+VICINAL_INLINE void pair_rows(const uint16_t* even, const uint16_t* odd, int64_t channels, uint16_t* to, bool& is_finite) {
     const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    // pairs come in quarters of four: of these channels, and of those 4 further on
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     for (int64_t d = 0; d < channels; d += MATRIX_DEPTH) {
-        __m512 pairs[16], turned[16];
-        __mmask32 infinite = 0;
-        VICINAL_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            const __m512i even = _mm512_loadu_si512(rows[2 * i] + d), odd = _mm512_loadu_si512(rows[2 * i + 1] + d);
-            infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
-            infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, exponent), exponent);
-            pairs[i] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
-            pairs[i + 8] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
-        }
-        S::transpose(pairs, turned);
+        const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
+        const __mmask32 infinite = _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent) |
+                                   _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
         if (infinite) is_finite = false;
-        // number i of a register stands in quarter i / 4: channels 8 (i / 4) + i % 4, and 4 more in the upper half
-        VICINAL_UNROLL
-        for (int i = 0; i < 16; ++i) {
-            uint16_t* at = to + (d + i / 4 * 8 + i % 4) * width;
-            const __m512i both = _mm512_castps_si512(turned[i]);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(both));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 4 * width), _mm512_extracti64x4_epi64(both, 1));
-        }
+        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+        _mm512_storeu_si512(to + 2 * d, _mm512_permutex2var_epi32(low, first, high));
+        _mm512_storeu_si512(to + 2 * d + MATRIX_DEPTH, _mm512_permutex2var_epi32(low, second, high));
     }
 }
 
@@ -90,25 +81,24 @@ VICINAL_INLINE void lay_pairs(const uint16_t* const* rows, int64_t channels, uin
 struct AmxPacking {
     Operand operand[2];
     int64_t base[2];
-    bool rows[2], across[2];
+    bool rows[2], paired[2];
     bool lanes;  // lse and row sums too
     int64_t lse_base, sums_base;
 
     int64_t floats() const {  // per source
         int64_t total = lanes ? 2 : 0;
-        for (int i = 0; i < 2; ++i) total += (rows[i] + across[i]) * padded_channels(operand[i].dim) / 2;
+        for (int i = 0; i < 2; ++i) total += (rows[i] + paired[i]) * padded_channels(operand[i].dim) / 2;
         return total;
     }
 };
 
 struct AmxPanel {
-    int64_t columns;  // of a place in `rows` and `lanes`
-    int64_t width;    // of a channel in `across`
+    int64_t columns;  // of a place
     int64_t padded[2];
     uint16_t* rows[2];
-    uint16_t* across[2];
-    float* lanes[2];       // one number per source: log-sum-exp times log2(e), row sums
-    bool is_finite[2];     // what stands in `across`
+    uint16_t* paired[2];
+    float* lanes[2];    // one number per source: log-sum-exp times log2(e), row sums
+    bool is_finite[2];  // what stands in `paired`
 };
 
 // A row of sources that a row of tiles sees.
@@ -137,15 +127,13 @@ struct AmxFiller {
         const int64_t groups = chunk.group_end - chunk.group_begin;
         const int64_t places = chunk.places(s.frame.plane_end - s.frame.plane_begin);
         const int64_t most_padded = most(padded_channels(p.operand[0].dim), padded_channels(p.operand[1].dim));
-        panel.columns = columns + TILE;
-        panel.width = (round_up(columns, TILE) / TILE | 1) * TILE + 2 * TILE;  // an odd number of half lines
+        panel.columns = round_up(columns, 2) + TILE;
         const int64_t numbers = places * panel.columns + TILE;
-        Arena arena{static_cast<char*>(workspace.get(
-            AMX_PANEL, (numbers * p.floats() + places * (panel.width - columns) * 2 * most_padded) * 4 + 64 * 8))};
+        Arena arena{static_cast<char*>(workspace.get(AMX_PANEL, static_cast<size_t>(numbers * p.floats() * 4 + 64 * 8)))};
         for (int i = 0; i < 2; ++i) {
             const int64_t padded = panel.padded[i] = padded_channels(p.operand[i].dim);
             panel.rows[i] = p.rows[i] ? arena.take<uint16_t>(numbers * padded) : nullptr;
-            panel.across[i] = p.across[i] ? arena.take<uint16_t>(places * padded * panel.width) : nullptr;
+            panel.paired[i] = p.paired[i] ? arena.take<uint16_t>(numbers * padded) : nullptr;
             panel.lanes[i] = p.lanes ? arena.take<float>(numbers) : nullptr;
             panel.is_finite[i] = true;
         }
@@ -169,7 +157,7 @@ struct AmxFiller {
         const int64_t padded = panel.padded[side], step = operand.axis[2];
         const Rows from(operand, scratch, zeros);
         uint16_t* rows = packing.rows[side] ? panel.rows[side] + place * panel.columns * padded : nullptr;
-        uint16_t* across = packing.across[side] ? panel.across[side] + place * padded * panel.width : nullptr;
+        uint16_t* paired = packing.paired[side] ? panel.paired[side] + place * panel.columns * padded : nullptr;
         for (int64_t begin = 0; begin < columns; begin += TILE) {
             const uint16_t* row[TILE];
             const int count = static_cast<int>(least(TILE, columns - begin));
@@ -179,17 +167,16 @@ struct AmxFiller {
                 for (int64_t byte = 0; byte < 2 * operand.dim; byte += 64) VICINAL_PREFETCH(ahead + byte);
                 row[i] = from.at(at, i);
             }
-            for (int i = count; i < TILE; ++i) row[i] = zeros;
+            if (count & 1) row[count] = zeros;
             if (rows)
                 for (int i = 0; i < count; ++i)
                     for (int64_t d = 0; d < padded; d += MATRIX_DEPTH)
                         _mm512_storeu_si512(rows + (begin + i) * padded + d, _mm512_loadu_si512(row[i] + d));
-            if (across) lay_across(row, padded, across + begin, panel.width, panel.is_finite[side]);
+            if (paired)
+                for (int i = 0; i < count; i += 2)
+                    pair_rows(row[i], row[i + 1], padded, paired + (begin + i) * padded, panel.is_finite[side]);
         }
-        if (!across) return;
-        for (int64_t d = 0; d < padded; ++d)
-            for (int64_t i = round_up(columns, TILE); i < panel.width; i += TILE)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(across + d * panel.width + i), _mm256_setzero_si256());
+        if (paired) std::memset(paired + round_up(columns, 2) * padded, 0, static_cast<size_t>(2 * TILE * padded));
     }
 
     // Numbers of a row of sources times a factor, 0 for -inf.
@@ -205,7 +192,7 @@ struct AmxFiller {
         const int64_t row = source_coordinate(*sources.frame.axis[1], seen.row);
         is_packed[seen.group] = true;
         for (int i = 0; i < 2; ++i)
-            if (packing.rows[i] || packing.across[i])
+            if (packing.rows[i] || packing.paired[i])
                 pack_side(i, packing.base[i] + plane * packing.operand[i].axis[0] + row * packing.operand[i].axis[1],
                           seen.place);
         if (!packing.lanes) return;
