@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "isa.h"
 #include "problem.h"
@@ -84,13 +85,14 @@ struct Strategy {
     void (*forward)(const Problem& problem);
     void (*backward)(const Problem& problem);
     void (*describe)(const Problem& problem, vicinal_description* groups);
+    bool needs_grad_out;  // the backward does
 };
 
 Strategy strategy_of(const Problem& problem) {
     switch (problem.call.strategy) {
-        case VICINAL_TILES: return {tiles_forward, tiles_backward, tiles_describe};
-        case VICINAL_DENSE: return {dense_forward, dense_backward, dense_describe};
-        default: return {simple_forward, simple_backward, simple_describe};
+        case VICINAL_TILES: return {tiles_forward, tiles_backward, tiles_describe, true};
+        case VICINAL_DENSE: return {dense_forward, dense_backward, dense_describe, true};
+        default: return {simple_forward, simple_backward, simple_describe, false};
     }
 }
 
@@ -114,10 +116,21 @@ std::unique_ptr<char[]> give_row_sums(Problem& problem) {
     return room;
 }
 
+// Where only the log-sum-exp has a gradient, one row of zeros stands for all of grad_out; those of float32 serve shorter
+// types too. Float64 is the simple strategy's, which leaves out what grad_out would add.
+std::vector<float> give_grad_out(Problem& problem) {
+    std::vector<float> zeros(size_t(problem.call.value_dim + 1), 0.0f);
+    problem.grad_out = View{reinterpret_cast<char*>(zeros.data()), 0, {0, 0, 0}, 0, 1};
+    return zeros;
+}
+
 void backward(const vicinal_call& call) {
     Problem problem = settled(call, Purpose::BACKWARD);
+    const Strategy strategy = strategy_of(problem);
     const std::unique_ptr<char[]> room = give_row_sums(problem);
-    strategy_of(problem).backward(problem);
+    std::vector<float> zeros;
+    if (strategy.needs_grad_out && !problem.grad_out) zeros = give_grad_out(problem);
+    strategy.backward(problem);
 }
 
 }  // namespace
