@@ -85,14 +85,14 @@ struct Strategy {
     void (*forward)(const Problem& problem);
     void (*backward)(const Problem& problem);
     void (*describe)(const Problem& problem, vicinal_description* groups);
-    bool needs_grad_out;  // the backward does
+    bool needs_grad_out, needs_row_sums;  // the backward does
 };
 
 Strategy strategy_of(const Problem& problem) {
     switch (problem.call.strategy) {
-        case VICINAL_TILES: return {tiles_forward, tiles_backward, tiles_describe, true};
-        case VICINAL_DENSE: return {dense_forward, dense_backward, dense_describe, true};
-        default: return {simple_forward, simple_backward, simple_describe, false};
+        case VICINAL_TILES: return {tiles_forward, tiles_backward, tiles_describe, true, true};
+        case VICINAL_DENSE: return {dense_forward, dense_backward, dense_describe, true, false};
+        default: return {simple_forward, simple_backward, simple_describe, false, false};
     }
 }
 
@@ -102,17 +102,16 @@ void forward(const vicinal_call& call) {
 }
 
 // Room for one number per query and head, contiguous, where the backward may keep sums. Most calls never touch it.
-std::unique_ptr<char[]> give_row_sums(Problem& problem) {
+std::unique_ptr<float[]> give_row_sums(Problem& problem) {
     const int64_t* grid = problem.grid;
-    const int64_t bytes = problem.is_double ? 8 : 4;
     View& view = problem.row_sums;
     view.head = 1;
     view.axis[2] = problem.call.heads;
     view.axis[1] = view.axis[2] * grid[2];
     view.axis[0] = view.axis[1] * grid[1];
     view.batch = view.axis[0] * grid[0];
-    std::unique_ptr<char[]> room(new char[size_t(problem.call.batch * view.batch * bytes)]);
-    view.data = room.get();
+    std::unique_ptr<float[]> room(new float[size_t(problem.call.batch * view.batch)]);
+    view.data = reinterpret_cast<char*>(room.get());
     return room;
 }
 
@@ -127,8 +126,9 @@ std::vector<float> give_grad_out(Problem& problem) {
 void backward(const vicinal_call& call) {
     Problem problem = settled(call, Purpose::BACKWARD);
     const Strategy strategy = strategy_of(problem);
-    const std::unique_ptr<char[]> room = give_row_sums(problem);
+    std::unique_ptr<float[]> room;
     std::vector<float> zeros;
+    if (strategy.needs_row_sums) room = give_row_sums(problem);
     if (strategy.needs_grad_out && !problem.grad_out) zeros = give_grad_out(problem);
     strategy.backward(problem);
 }
