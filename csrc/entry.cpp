@@ -72,11 +72,13 @@ Problem settled(const vicinal_call& call, Purpose purpose) {
     if (problem.call.isa > best)
         throw BadArgument(std::string("isa must not be ") + ISA_NAMES[problem.call.isa] +
                           ": this machine and this build of the library have " + ISA_NAMES[best]);
-    if (problem.call.strategy == VICINAL_AUTO)
-        problem.call.strategy = choose_strategy(problem, purpose == Purpose::BACKWARD);
-    if (problem.call.strategy == VICINAL_TILES && problem.is_double)
+    const bool is_backward = purpose == Purpose::BACKWARD;
+    int64_t& strategy = problem.call.strategy;
+    if (strategy == VICINAL_AUTO || strategy == VICINAL_DENSE) dense_find(problem, is_backward);
+    if (strategy == VICINAL_AUTO) strategy = choose_strategy(problem, is_backward);
+    if (strategy == VICINAL_TILES && problem.is_double)
         throw BadArgument("strategy must not be tiles where dtype is float64");
-    if (problem.call.strategy == VICINAL_DENSE && !dense_takes(problem, purpose == Purpose::BACKWARD))
+    if (strategy == VICINAL_DENSE && !problem.dense)
         throw BadArgument("strategy must not be dense where queries are not in closed groups of few keys");
     return problem;
 }
@@ -115,8 +117,8 @@ std::unique_ptr<float[]> give_row_sums(Problem& problem) {
     return room;
 }
 
-// Where only the log-sum-exp has a gradient, one row of zeros stands for all of grad_out; those of float32 serve shorter
-// types too. Float64 is the simple strategy's, which leaves out what grad_out would add.
+// Where only the log-sum-exp has a gradient, one row of zeros stands for all of grad_out; those of float32 serve types of
+// 16 bits too. Float64 is the simple strategy's, which leaves out what grad_out would add.
 std::vector<float> give_grad_out(Problem& problem) {
     std::vector<float> zeros(size_t(problem.call.value_dim + 1), 0.0f);
     problem.grad_out = View{reinterpret_cast<char*>(zeros.data()), 0, {0, 0, 0}, 0, 1};
