@@ -270,15 +270,7 @@ void dense_backward(const DenseJob& job, int64_t begin, int64_t end, float* grad
     DensePlaces grad_value_at{job.grad_value, true, arena.take<int64_t>(most_keys)};
     const ThreadBias bias = take_bias<S>(job, workspace);
     GradientSums grad_sums;
-    if (grad_bias) {
-        const int64_t pieces_bytes = job.pair_slots * static_cast<int64_t>(sizeof(Piece)) + 64;
-        Arena more{static_cast<char*>(workspace.get(DENSE_SUMS, 64 + slots_bytes(job, W) + pieces_bytes)) + 64};
-        grad_sums.slots = take_slots(job, W, more);
-        grad_sums.pieces = more.take<Piece>(job.pair_slots);
-        grad_sums.tables = grad_bias;
-        grad_sums.table_floats = bias_size(job) + W;
-        clear_notes(grad_sums.slots);
-    }
+    if (grad_bias) grad_sums = take_sums(job, W, grad_bias, workspace);
     const int64_t bytes = bytes_of(job.dtype);
     const float factor = job.scale * LOG2_E;
     const float* lse = reinterpret_cast<const float*>(job.lse.data);

@@ -308,6 +308,18 @@ struct GradientSums {
     int64_t table_floats;
 };
 
+VICINAL_INLINE GradientSums take_sums(const DenseJob& job, int lanes, float* tables, const Workspace& workspace) {
+    GradientSums sums;
+    const int64_t pieces_bytes = job.pair_slots * static_cast<int64_t>(sizeof(Piece)) + 64;
+    Arena arena{static_cast<char*>(workspace.get(DENSE_SUMS, 64 + slots_bytes(job, lanes) + pieces_bytes)) + 64};
+    sums.slots = take_slots(job, lanes, arena);
+    sums.pieces = arena.take<Piece>(job.pair_slots);
+    sums.tables = tables;
+    sums.table_floats = bias_size(job) + lanes;
+    clear_notes(sums.slots);
+    return sums;
+}
+
 template <class S>
 VICINAL_INLINE void empty_slot(const DenseJob& job, GradientSums& sums, int64_t slot) {
     PairSlots::Note& note = sums.slots.notes[slot];
