@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "problem.h"
@@ -29,7 +31,6 @@ struct Runs {
     std::vector<int64_t> bias_begin;
     int64_t most_queries = 0, most_keys = 0, all_keys = 0;
     int32_t shapes = 0;
-    std::vector<int64_t> bias_of_shape;  // where the first run of a shape has its places
 };
 
 bool has_shape_of(const Runs& all, size_t i, size_t j) {
@@ -70,9 +71,8 @@ bool find_runs(const AxisTable& table, int64_t bias_length, bool takes_bias, Run
     for (size_t i = 0; i < to.runs.size(); ++i) {
         size_t first = 0;
         while (!has_shape_of(to, first, i)) ++first;
-        const bool is_new = first == i;
-        if (is_new) to.bias_of_shape.push_back(to.bias_begin[i]);
-        to.runs[i].shape = is_new ? to.shapes++ : to.runs[first].shape;
+        to.runs[i].shape = first == i ? to.shapes++ : to.runs[first].shape;
+        if (takes_bias) to.runs[i].bias = to.bias.data() + to.bias_begin[first];
     }
     if (takes_bias)  // pieces of one shape follow each other, so that its bias is written out once
         std::stable_sort(to.runs.begin(), to.runs.end(), [](const DenseRun& a, const DenseRun& b) { return a.shape < b.shape; });
@@ -92,19 +92,22 @@ bool is_closed(const AxisTable& table, const Runs& runs) {
     return true;
 }
 
-// A head group: its job, and what that points to.
-struct Work {
+}  // namespace
+
+// The groups of one head group.
+struct DenseGroups {
     Runs runs[AXES];
-    DenseJob job = {};
-    int64_t pieces() const { return job.groups * job.samples * job.heads; }
+    int64_t count = 1, most_queries = 1, most_keys = 1;
 };
 
+namespace {
+
 // Pairs that the kernels compute for all groups of one head.
-int64_t computed_pairs(const Work& work, int64_t lanes) {
+int64_t computed_pairs(const DenseGroups& groups, int64_t lanes) {
     int64_t computed = 0;
-    for (const DenseRun& a : work.runs[0].runs)
-        for (const DenseRun& b : work.runs[1].runs)
-            for (const DenseRun& c : work.runs[2].runs) {
+    for (const DenseRun& a : groups.runs[0].runs)
+        for (const DenseRun& b : groups.runs[1].runs)
+            for (const DenseRun& c : groups.runs[2].runs) {
                 const int64_t keys = int64_t(a.keys) * b.keys * c.keys;
                 computed += int64_t(a.queries) * b.queries * c.queries * ((keys + lanes - 1) / lanes * lanes);
             }
@@ -118,22 +121,20 @@ Operand operand_of(const View& view, int64_t dim) {
 }
 
 // Finds the groups of a head group; false where there are none, or too large ones.
-bool find_groups(const Problem& problem, size_t number, bool is_backward, Work& work) {
+bool find_groups(const Problem& problem, size_t number, bool is_backward, DenseGroups& to) {
     const Group& group = problem.groups[number];
     const std::vector<Member>& members = problem.members[0][number];
     if (members.size() != 1) return false;
     const bool takes_bias = problem.bias && group.takes_bias;
-    DenseJob& job = work.job;
-    job.groups = job.most_queries = job.most_keys = 1;
     for (int a = 0; a < AXES; ++a) {
         const AxisTable& table = members[0].axis[a];
         if (table.queries != problem.grid[a] || table.length != problem.key_grid[a]) return false;
-        Runs& runs = work.runs[a];
+        Runs& runs = to.runs[a];
         if (!find_runs(table, group.bias_length[a], takes_bias, runs) || (is_backward && !is_closed(table, runs))) return false;
-        job.groups *= static_cast<int64_t>(runs.runs.size());
-        job.most_queries *= runs.most_queries;
-        job.most_keys *= runs.most_keys;
-        if (job.most_queries > DENSE_MOST_TOKENS || job.most_keys > DENSE_MOST_TOKENS) return false;
+        to.count *= static_cast<int64_t>(runs.runs.size());
+        to.most_queries *= runs.most_queries;
+        to.most_keys *= runs.most_keys;
+        if (to.most_queries > DENSE_MOST_TOKENS || to.most_keys > DENSE_MOST_TOKENS) return false;
     }
     return true;
 }
@@ -143,19 +144,23 @@ std::atomic<int64_t> serials{1};
 // The bias of all pairs of groups of every shape and head stays in the second-level cache up to this size.
 constexpr int64_t MOST_SLOT_BYTES = 1 << 20;
 
-void fill_job(const Problem& problem, const Group& group, bool is_backward, Work& work) {
+// The job of a head group, which points to what the problem holds.
+DenseJob job_of(const Problem& problem, size_t number, bool is_backward) {
     const vicinal_call& call = problem.call;
-    DenseJob& job = work.job;
+    const Group& group = problem.groups[number];
+    const DenseGroups& groups = (*problem.dense)[number];
+    DenseJob job = {};
     for (int a = 0; a < AXES; ++a) {
-        Runs& runs = work.runs[a];
-        if (!runs.bias.empty())
-            for (DenseRun& run : runs.runs) run.bias = runs.bias.data() + runs.bias_of_shape[run.shape];
+        const Runs& runs = groups.runs[a];
         job.runs[a] = runs.runs.data();
         job.num_runs[a] = static_cast<int32_t>(runs.runs.size());
         job.num_shapes[a] = runs.shapes;
         job.bias_length[a] = static_cast<int32_t>(group.bias_length[a]);
     }
     job.dtype = call.dtype;
+    job.groups = groups.count;
+    job.most_queries = groups.most_queries;
+    job.most_keys = groups.most_keys;
     job.samples = call.batch;
     job.shared = call.heads / call.kv_heads;
     job.heads = is_backward ? group.heads / job.shared : group.heads;
@@ -176,28 +181,17 @@ void fill_job(const Problem& problem, const Group& group, bool is_backward, Work
     job.grad_query = operand_of(problem.grad_query, call.head_dim);
     job.grad_key = operand_of(problem.grad_key, call.head_dim);
     job.grad_value = operand_of(problem.grad_value, call.value_dim);
+    return job;
 }
 
-// The work of all head groups; none where the problem does not fall into groups.
-std::vector<Work> all_work(const Problem& problem, bool is_backward) {
-    const vicinal_call& call = problem.call;
-    if (problem.is_double || call.extra_tokens || problem.members.size() != 1 || !call.value_dim) return {};
-    // where key heads are shared, their gradients are summed up over one head group; and a bias has one of its own
-    if (is_backward && call.heads != call.kv_heads && (problem.groups.size() != 1 || problem.bias)) return {};
-    std::vector<Work> all(problem.groups.size());
-    for (size_t number = 0; number < all.size(); ++number)
-        if (!find_groups(problem, number, is_backward, all[number])) return {};
-    for (size_t number = 0; number < all.size(); ++number)
-        fill_job(problem, problem.groups[number], is_backward, all[number]);
-    return all;
-}
+int64_t pieces_of(const DenseJob& job) { return job.groups * job.samples * job.heads; }
 
 // Enough shares that threads end together, of pieces that follow each other.
 constexpr int64_t SHARES_PER_THREAD = 8;
 
 template <class Run>
-void run_shares(const Problem& problem, const Work& work, const Run& run) {
-    const int64_t pieces = work.pieces();
+void run_shares(const Problem& problem, const DenseJob& job, const Run& run) {
+    const int64_t pieces = pieces_of(job);
     if (!pieces) return;
     const int64_t shares = problem.call.threads == 1 ? 1 : std::min(pieces, problem.call.threads * SHARES_PER_THREAD);
     parallel_for(shares, problem.call.threads, [&](int64_t share) {
@@ -208,13 +202,12 @@ void run_shares(const Problem& problem, const Work& work, const Run& run) {
 void* get_memory(int slot, size_t bytes) { return workspace(slot, bytes); }
 
 // Pieces are cut into a number of shares that no number of threads changes, each with tables of its own.
-void backward_with_bias(const Problem& problem, const Work& work, const DenseKernels* kernels, const Workspace& memory,
+void backward_with_bias(const Problem& problem, const DenseJob& job, const DenseKernels* kernels, const Workspace& memory,
                         float* to) {
     constexpr int64_t SHARES = 8;
-    const DenseJob& job = work.job;
     const int64_t size = int64_t(job.bias_length[0]) * job.bias_length[1] * job.bias_length[2], room = size + kernels->lanes;
     const int64_t lots = job.heads_first ? job.heads : 1;  // each lot has pieces of its own heads
-    const int64_t pieces = work.pieces() / lots, shares = std::min(SHARES, pieces);
+    const int64_t pieces = pieces_of(job) / lots, shares = std::min(SHARES, pieces);
     std::vector<float> tables(shares * job.heads * room, 0.0f);
     parallel_for(shares * lots, problem.call.threads, [&](int64_t index) {
         const int64_t share = index % shares, first = index / shares * pieces;
@@ -237,20 +230,31 @@ constexpr int64_t LEAST_QUERIES_THAT_SHARE = 8;
 
 }  // namespace
 
-bool dense_takes(const Problem& problem, bool is_backward) { return !all_work(problem, is_backward).empty(); }
+void dense_find(Problem& problem, bool is_backward) {
+    const vicinal_call& call = problem.call;
+    if (problem.is_double || call.extra_tokens || problem.members.size() != 1 || !call.value_dim) return;
+    // where key heads are shared, their gradients are summed up over one head group; and a bias has one of its own
+    if (is_backward && call.heads != call.kv_heads && (problem.groups.size() != 1 || problem.bias)) return;
+    std::vector<DenseGroups> all(problem.groups.size());
+    for (size_t number = 0; number < all.size(); ++number)
+        if (!find_groups(problem, number, is_backward, all[number])) return;
+    problem.dense = std::make_shared<const std::vector<DenseGroups>>(std::move(all));
+}
 
 bool dense_suits(const Problem& problem, bool is_backward) {
-    const std::vector<Work> all = all_work(problem, is_backward);
+    if (!problem.dense) return false;
+    const int64_t shared = is_backward ? problem.call.heads / problem.call.kv_heads : 1;
     int64_t pieces = 0;
-    for (const Work& work : all) {
-        pieces += work.job.groups * work.job.heads;
+    for (size_t number = 0; number < problem.groups.size(); ++number) {
+        const DenseGroups& groups = (*problem.dense)[number];
+        pieces += groups.count * (problem.groups[number].heads / shared);
         int64_t queries = 1, keys = 1;
         for (int a = 0; a < AXES; ++a) {
             queries *= problem.grid[a];
-            keys *= work.runs[a].all_keys;
+            keys *= groups.runs[a].all_keys;
         }
         if (keys > MOST_KEYS_PER_QUERY * queries) return false;
-        if (keys > queries && queries < LEAST_QUERIES_THAT_SHARE * work.job.groups) return false;
+        if (keys > queries && queries < LEAST_QUERIES_THAT_SHARE * groups.count) return false;
     }
     return pieces >= LEAST_PIECES;
 }
@@ -258,41 +262,34 @@ bool dense_suits(const Problem& problem, bool is_backward) {
 void dense_forward(const Problem& problem) {
     const DenseKernels* kernels = kernels_for(problem);
     const Workspace memory{get_memory};
-    for (const Work& work : all_work(problem, false))
-        run_shares(problem, work, [&](int64_t begin, int64_t end) { kernels->forward(work.job, begin, end, memory); });
+    for (size_t number = 0; number < problem.groups.size(); ++number) {
+        const DenseJob job = job_of(problem, number, false);
+        run_shares(problem, job, [&](int64_t begin, int64_t end) { kernels->forward(job, begin, end, memory); });
+    }
 }
 
 void dense_backward(const Problem& problem) {
-    const vicinal_call& call = problem.call;
-    if (!problem.grad_out && call.batch) {  // only the log-sum-exp has a gradient: one row of zeros stands for all
-        Problem with_zeros = problem;
-        std::vector<float> zeros(call.value_dim + 1, 0.0f);
-        with_zeros.grad_out = View{reinterpret_cast<char*>(zeros.data()), 0, {0, 0, 0}, 0, 1};
-        return dense_backward(with_zeros);
-    }
     const DenseKernels* kernels = kernels_for(problem);
     const Workspace memory{get_memory};
-    const std::vector<Work> all = all_work(problem, true);
-    for (size_t number = 0; number < all.size(); ++number) {
-        const Work& work = all[number];
+    for (size_t number = 0; number < problem.groups.size(); ++number) {
+        const DenseJob job = job_of(problem, number, true);
         if (problem.grad_bias)
-            backward_with_bias(problem, work, kernels, memory,
+            backward_with_bias(problem, job, kernels, memory,
                                static_cast<float*>(problem.grad_bias) + problem.groups[number].bias_begin);
         else
-            run_shares(problem, work, [&](int64_t begin, int64_t end) {
-                kernels->backward(work.job, begin, end, nullptr, memory);
+            run_shares(problem, job, [&](int64_t begin, int64_t end) {
+                kernels->backward(job, begin, end, nullptr, memory);
             });
     }
 }
 
 void dense_describe(const Problem& problem, vicinal_description* groups) {
     simple_describe(problem, groups);
-    const std::vector<Work> all = all_work(problem, false);
     const int64_t lanes = kernels_for(problem)->lanes;
-    for (size_t number = 0; number < all.size(); ++number) {
-        const int64_t count = all[number].job.groups;
-        groups[number] = {VICINAL_DENSE, problem.call.isa, lanes, 1, count, groups[number].pairs,
-                          computed_pairs(all[number], lanes), count};
+    for (size_t number = 0; number < problem.groups.size(); ++number) {
+        const DenseGroups& found = (*problem.dense)[number];
+        groups[number] = {VICINAL_DENSE, problem.call.isa, lanes, 1, found.count, groups[number].pairs,
+                          computed_pairs(found, lanes), found.count};
     }
 }
 

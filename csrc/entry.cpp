@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "isa.h"
 #include "problem.h"
@@ -71,11 +72,13 @@ Problem settled(const vicinal_call& call, Purpose purpose) {
     if (problem.call.isa > best)
         throw BadArgument(std::string("isa must not be ") + ISA_NAMES[problem.call.isa] +
                           ": this machine and this build of the library have " + ISA_NAMES[best]);
-    if (problem.call.strategy == VICINAL_AUTO)
-        problem.call.strategy = choose_strategy(problem, purpose == Purpose::BACKWARD);
-    if (problem.call.strategy == VICINAL_TILES && problem.is_double)
+    const bool is_backward = purpose == Purpose::BACKWARD;
+    int64_t& strategy = problem.call.strategy;
+    if (strategy == VICINAL_AUTO || strategy == VICINAL_DENSE) dense_find(problem, is_backward);
+    if (strategy == VICINAL_AUTO) strategy = choose_strategy(problem, is_backward);
+    if (strategy == VICINAL_TILES && problem.is_double)
         throw BadArgument("strategy must not be tiles where dtype is float64");
-    if (problem.call.strategy == VICINAL_DENSE && !dense_takes(problem, purpose == Purpose::BACKWARD))
+    if (strategy == VICINAL_DENSE && !problem.dense)
         throw BadArgument("strategy must not be dense where queries are not in closed groups of few keys");
     return problem;
 }
@@ -84,13 +87,14 @@ struct Strategy {
     void (*forward)(const Problem& problem);
     void (*backward)(const Problem& problem);
     void (*describe)(const Problem& problem, vicinal_description* groups);
+    bool needs_grad_out, needs_row_sums;  // the backward does
 };
 
 Strategy strategy_of(const Problem& problem) {
     switch (problem.call.strategy) {
-        case VICINAL_TILES: return {tiles_forward, tiles_backward, tiles_describe};
-        case VICINAL_DENSE: return {dense_forward, dense_backward, dense_describe};
-        default: return {simple_forward, simple_backward, simple_describe};
+        case VICINAL_TILES: return {tiles_forward, tiles_backward, tiles_describe, true, true};
+        case VICINAL_DENSE: return {dense_forward, dense_backward, dense_describe, true, false};
+        default: return {simple_forward, simple_backward, simple_describe, false, false};
     }
 }
 
@@ -100,24 +104,35 @@ void forward(const vicinal_call& call) {
 }
 
 // Room for one number per query and head, contiguous, where the backward may keep sums. Most calls never touch it.
-std::unique_ptr<char[]> give_row_sums(Problem& problem) {
+std::unique_ptr<float[]> give_row_sums(Problem& problem) {
     const int64_t* grid = problem.grid;
-    const int64_t bytes = problem.is_double ? 8 : 4;
     View& view = problem.row_sums;
     view.head = 1;
     view.axis[2] = problem.call.heads;
     view.axis[1] = view.axis[2] * grid[2];
     view.axis[0] = view.axis[1] * grid[1];
     view.batch = view.axis[0] * grid[0];
-    std::unique_ptr<char[]> room(new char[size_t(problem.call.batch * view.batch * bytes)]);
-    view.data = room.get();
+    std::unique_ptr<float[]> room(new float[size_t(problem.call.batch * view.batch)]);
+    view.data = reinterpret_cast<char*>(room.get());
     return room;
+}
+
+// Where only the log-sum-exp has a gradient, one row of zeros stands for all of grad_out; those of float32 serve types of
+// 16 bits too. Float64 is the simple strategy's, which leaves out what grad_out would add.
+std::vector<float> give_grad_out(Problem& problem) {
+    std::vector<float> zeros(size_t(problem.call.value_dim + 1), 0.0f);
+    problem.grad_out = View{reinterpret_cast<char*>(zeros.data()), 0, {0, 0, 0}, 0, 1};
+    return zeros;
 }
 
 void backward(const vicinal_call& call) {
     Problem problem = settled(call, Purpose::BACKWARD);
-    const std::unique_ptr<char[]> room = give_row_sums(problem);
-    strategy_of(problem).backward(problem);
+    const Strategy strategy = strategy_of(problem);
+    std::unique_ptr<float[]> room;
+    std::vector<float> zeros;
+    if (strategy.needs_row_sums) room = give_row_sums(problem);
+    if (strategy.needs_grad_out && !problem.grad_out) zeros = give_grad_out(problem);
+    strategy.backward(problem);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #define VICINAL_PROBLEM_H
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -53,6 +54,8 @@ struct Group {
     int64_t bias_begin;         // where the group's tables begin in the bias vector
 };
 
+struct DenseGroups;  // of one head group (dense.cpp)
+
 struct Problem {
     vicinal_call call;
     bool is_double;
@@ -66,6 +69,7 @@ struct Problem {
     const void* bias = nullptr;
     void* grad_bias = nullptr;
     const int64_t* extra_lengths = nullptr;
+    std::shared_ptr<const std::vector<DenseGroups>> dense;  // of all head groups; null where dense_find found none
 
     const std::vector<Member>& members_of(int64_t sample, int64_t group) const {
         return members[members.size() == 1 ? 0 : sample][group];
@@ -92,9 +96,9 @@ void tiles_backward(const Problem& problem);
 void tiles_describe(const Problem& problem, vicinal_description* groups);
 void tiles_shrink_units(int64_t bytes);
 
-// The dense strategy: products of whole groups, for patterns that fall into closed groups (dense.h). It must only be
-// asked for what it takes; it suits what it is quicker at than tiles.
-bool dense_takes(const Problem& problem, bool is_backward);
+// The dense strategy: products of whole groups, for patterns that fall into closed groups (dense.h). These are found
+// first, for all the rest; it must only be asked where there are some, and suits what it is quicker at than tiles.
+void dense_find(Problem& problem, bool is_backward);
 bool dense_suits(const Problem& problem, bool is_backward);
 void dense_forward(const Problem& problem);
 void dense_backward(const Problem& problem);

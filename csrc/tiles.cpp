@@ -472,12 +472,6 @@ void tiles_backward(const Problem& problem) {
         std::fill(to, to + call.bias_words, 0.0f);
     }
     if (!call.batch) return;
-    if (!problem.grad_out) {  // only the log-sum-exp has a gradient: one row of zeros stands for all
-        Problem with_zeros = problem;
-        std::vector<float> zeros(call.value_dim + 1, 0.0f);
-        with_zeros.grad_out = View{reinterpret_cast<char*>(zeros.data()), 0, {0, 0, 0}, 0, 1};
-        return tiles_backward(with_zeros);
-    }
     ask_for_large_pages(problem, problem.grad_query, problem.grid, call.heads, call.head_dim);
     ask_for_large_pages(problem, problem.grad_key, problem.key_grid, call.kv_heads, call.head_dim);
     ask_for_large_pages(problem, problem.grad_value, problem.key_grid, call.kv_heads, call.value_dim);

@@ -181,6 +181,20 @@ def test_expanded_gradient_is_taken_as_it_is() -> None:
     torch.testing.assert_close(ours, query.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "dense"])
+def test_lse_alone_has_the_gradients_that_zeros_beside_it_give(
+    dtype: torch.dtype, strategy: str, forced: Forced
+) -> None:
+    forced(strategy if dtype != torch.float64 else "simple")
+    tensors = [torch.randn(2, 8, 6, 2, dim).to(dtype).requires_grad_() for dim in (16, 16, 20)]
+    out, lse = vicinal.attention(*tensors, Window(2), return_lse=True, backend="cpu")
+    weight = torch.randn_like(lse)
+    alone = torch.autograd.grad(lse, tensors, weight, retain_graph=True)
+    beside = torch.autograd.grad((out, lse), tensors, (torch.zeros_like(out), weight))
+    assert same_bits(list(alone), list(beside))
+
+
 def test_minus_infinity_in_a_bias_hides_a_key() -> None:
     query, bias = torch.randn(1, 9, 2, 8, requires_grad=True), torch.zeros(2, 5)
     bias[:, 0] = bias[0, 4] = -torch.inf
