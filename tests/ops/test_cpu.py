@@ -40,8 +40,19 @@ def test_strategy_agrees_with_the_oracle(problem: Problem, strategy: str, forced
     assert_agrees(run(problem, torch.float32, "cpu"), judge(problem, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
-@pytest.mark.parametrize("isa", ISAS)
+FOR_BFLOAT16 = ("avx512_bf16", "amx")
+"""Other types get what they get with avx512."""
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [
+        pytest.param(isa, dtype, id=f"{isa}-{short(dtype)}")
+        for isa in ISAS
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if dtype == torch.bfloat16 or isa not in FOR_BFLOAT16
+    ],
+)
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_instruction_set_agrees_with_the_oracle(problem: Problem, isa: str, dtype: torch.dtype, forced: Forced) -> None:
     forced(isa=isa)
@@ -52,11 +63,11 @@ def test_instruction_set_agrees_with_the_oracle(problem: Problem, isa: str, dtyp
 def test_instruction_set_that_the_machine_lacks_is_refused(forced: Forced) -> None:
     forced(isa=library.ISAS[-1])
     query = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(ValueError, match=r"isa must not be avx512_bf16: this machine and this build .* have"):
+    with pytest.raises(ValueError, match=f"isa must not be {library.ISAS[-1]}: this machine and this build .* have"):
         vicinal.attention(query, query, query, Near(3), backend="cpu")
 
 
-def test_products_in_pairs_are_for_bfloat16_where_they_are_quick() -> None:
+def test_products_of_bfloat16_are_used_where_they_are_quick() -> None:
     def usual(dtype: torch.dtype) -> str:
         query = torch.zeros(1, 56, 56, 2, 32, dtype=dtype)
         tiles = vicinal.explain(query, query, query, Near(7), backend="cpu").tiles
@@ -64,10 +75,13 @@ def test_products_in_pairs_are_for_bfloat16_where_they_are_quick() -> None:
         return str(tiles["groups"][0]["isa"])
 
     best = library.load().best_isa
-    without = "avx512" if best == "avx512_bf16" else best
+    without = "avx512" if best in FOR_BFLOAT16 else best
     assert usual(torch.float32) == without
+    assert usual(torch.float16) == without
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
+    if best == "amx":
+        assert usual(torch.bfloat16) == "amx"
+    elif cpuinfo.exists():
         assert usual(torch.bfloat16) == (best if "AuthenticAMD" in cpuinfo.read_text() else without)
 
 
