@@ -52,7 +52,7 @@ sanitize: .venv/.with-test .venv/.library $(SANITIZED)  ## the CPU kernels under
 	for isa in 1 2 3 4 5; do for strategy in 0 1 2; do build/replay build/calls.bin $$isa $$strategy || exit 1; done; done
 	OMP_NUM_THREADS=1 LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
 		ASAN_OPTIONS=detect_leaks=0 VICINAL_CPU_LIBRARY=$(abspath $(SANITIZED)) \
-		$(BIN)/python -m pytest tests/ops/test_cpu.py tests/ops/test_cpu_colours.py tests/ops/test_cpu_dense.py tests/ops/test_cpu_random.py tests/ops/test_cpu_fuzz.py $(ARGS)
+		$(BIN)/python -m pytest tests/ops/test_cpu.py tests/ops/test_cpu_colours.py tests/ops/test_cpu_dense.py tests/ops/test_cpu_matrices.py tests/ops/test_cpu_random.py tests/ops/test_cpu_fuzz.py $(ARGS)
 	$(MAKE) valgrind
 
 # Every third problem: it is some fifty times slower. It knows nothing beyond AVX2.
