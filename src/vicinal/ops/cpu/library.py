@@ -2,9 +2,9 @@
 
 `VICINAL_CPU_STRATEGY` (`auto`, `simple`, `tiles`, `dense`) and `VICINAL_CPU_ISA` (`best`, `base`, `avx2`, `avx512`,
 `avx512_bf16`, `amx`) are for tests and measurements: they force what is chosen by itself otherwise. `amx`, the matrix
-registers of Intel's processors, is for bfloat16 alone, where the system lets this process use them; other types get what
-they get with `avx512`. `VICINAL_CPU_LIBRARY` is the path of another build of the library, such as one with sanitizers.
-They are read when the library is loaded.
+registers of Intel's processors, is for bfloat16 alone, where the system lets this process use them; other types get
+what they get with `avx512`. `VICINAL_CPU_LIBRARY` is the path of another build of the library, such as one with
+sanitizers. They are read when the library is loaded.
 """
 
 from __future__ import annotations
