@@ -180,7 +180,8 @@ struct PairSlots {
 };
 
 VICINAL_INLINE int64_t slot_floats(const DenseJob& job, int lanes) {
-    return job.most_queries * round_up(job.most_keys, lanes) + lanes;  // rows are written beyond their ends
+    // rows are written beyond their ends, and some kernels look at up to four queries at once
+    return (job.most_queries + 3) * round_up(job.most_keys, lanes) + lanes;
 }
 
 VICINAL_INLINE int64_t slots_bytes(const DenseJob& job, int lanes) {
