@@ -131,40 +131,63 @@ VICINAL_INLINE void store_narrow_row(const Operand& operand, int64_t place, cons
 
 // ---- forward
 
+// Weights of 16 keys for four queries, and their sums.
+VICINAL_INLINE void weigh_sixteen(const float* scores, int64_t width, uint32_t seen, F factor, const F* top, F* weight, F* sum) {
+    VICINAL_UNROLL
+    for (int t = 0; t < 4; ++t) {
+        weight[t] = weight_of(_mm512_fmsub_ps(S::load(scores + t * width), factor, top[t]), seen);
+        sum[t] = S::add(sum[t], weight[t]);
+    }
+}
+
 // Softmax of four rows of scores, `width` apart: their largest, sums of their weights, and the weights themselves.
+template <bool BIAS>
 VICINAL_INLINE void weigh_four(float* scores, int64_t width, const float* bias, int64_t keys, F factor, uint16_t* weights,
                                int64_t weights_row, float* top, float* total) {
-    F largest[4], sum[4];
+    F largest[4], sum[4], low[4], high[4];
     VICINAL_UNROLL
     for (int t = 0; t < 4; ++t) largest[t] = S::all(FAR_BELOW);
-    for (int64_t v = 0; v < width; v += TILE) {
-        const __mmask16 seen = static_cast<__mmask16>(lanes_of(keys, v));
+    const auto look = [&](int64_t v, uint32_t seen) VICINAL_LAMBDA {
         VICINAL_UNROLL
         for (int t = 0; t < 4; ++t) {
             float* at = scores + t * width + v;
-            const F score = bias ? S::fma(S::load(at), factor, S::load(bias + t * width + v)) : S::mul(S::load(at), factor);
-            if (bias) S::store(at, score);
-            largest[t] = _mm512_mask_max_ps(largest[t], seen, largest[t], score);
+            F score = S::mul(S::load(at), factor);
+            if constexpr (BIAS) {
+                score = S::fma(S::load(at), factor, S::load(bias + t * width + v));
+                S::store(at, score);
+            }
+            largest[t] = _mm512_mask_max_ps(largest[t], static_cast<__mmask16>(seen), largest[t], score);
         }
-    }
+    };
+    int64_t v = 0;
+    for (; v + TILE <= keys; v += TILE) look(v, 0xffffu);
+    if (v < keys) look(v, lanes_of(keys, v));
     S::four_largest(largest, top);
-    const F by = bias ? S::all(1.0f) : factor;
+    const F by = BIAS ? S::all(1.0f) : factor;
     VICINAL_UNROLL
     for (int t = 0; t < 4; ++t) {
         largest[t] = S::all(top[t]);
-        sum[t] = S::zero();
+        sum[t] = high[t] = S::zero();
     }
-    for (int64_t v = 0; v < width; v += 2 * TILE) {
-        const uint32_t seen[2] = {lanes_of(keys, v), lanes_of(keys, v + TILE)};
+    const auto keep = [&]() VICINAL_LAMBDA {
         VICINAL_UNROLL
-        for (int t = 0; t < 4; ++t) {
-            const float* at = scores + t * width + v;
-            const F low = weight_of(_mm512_fmsub_ps(S::load(at), by, largest[t]), seen[0]);
-            F high = S::zero();
-            if (seen[1]) high = weight_of(_mm512_fmsub_ps(S::load(at + TILE), by, largest[t]), seen[1]);
-            sum[t] = S::add(sum[t], S::add(low, high));
-            _mm512_store_si512(weights + t * weights_row + v, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-        }
+        for (int t = 0; t < 4; ++t)
+            _mm512_store_si512(weights + t * weights_row + v, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high[t], low[t])));
+    };
+    for (v = 0; v + 2 * TILE <= keys; v += 2 * TILE) {
+        weigh_sixteen(scores + v, width, 0xffffu, by, largest, low, sum);
+        weigh_sixteen(scores + v + TILE, width, 0xffffu, by, largest, high, sum);
+        keep();
+    }
+    if (v < keys) {
+        const bool has_more = v + TILE < keys;
+        weigh_sixteen(scores + v, width, lanes_of(keys, v), by, largest, low, sum);
+        if (has_more)
+            weigh_sixteen(scores + v + TILE, width, lanes_of(keys, v + TILE), by, largest, high, sum);
+        else
+            VICINAL_UNROLL
+            for (int t = 0; t < 4; ++t) high[t] = S::zero();
+        keep();
     }
     S::four_sums(sum, total);
 }
@@ -196,9 +219,14 @@ VICINAL_INLINE void finish_dense_tile(const AmxDenseForward& run, const DensePla
     const int64_t room = padded_tokens(run.job.most_keys), tokens = padded_tokens(piece.keys);
     float* scores = run.scores + which * TILE * room;
     uint16_t* weights = run.weights + which * TILE * room;
-    for (int64_t t = 0; t < queries; t += 4)
-        weigh_four(scores + t * width, width, pairs ? pairs + (begin + t) * width : nullptr, piece.keys, factor,
-                   weights + t * tokens, tokens, run.top + begin + t, run.total + begin + t);
+    for (int64_t t = 0; t < queries; t += 4) {
+        float *top = run.top + begin + t, *total = run.total + begin + t;
+        if (pairs)
+            weigh_four<true>(scores + t * width, width, pairs + (begin + t) * width, piece.keys, factor, weights + t * tokens,
+                             tokens, top, total);
+        else
+            weigh_four<false>(scores + t * width, width, nullptr, piece.keys, factor, weights + t * tokens, tokens, top, total);
+    }
     multiply_by_tokens(weights, tokens, MATRIX_DEPTH, run.values, run.value_padded, tokens, true, run.sums, run.value_row);
     for (int64_t t = 0; t < queries; ++t) {
         const float total = run.total[begin + t];
