@@ -32,6 +32,9 @@ OPTIMIZATION = ["-O1"] if IS_FOR_DEBUGGING else ["-O3", "-g0"]
 COMMON = ["-std=c++17", *OPTIMIZATION, "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 COMMON_MSVC = ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
 
+# Sanitizers do not see what matrix registers load, so loops stand for them there.
+EMULATION = [("VICINAL_EMULATE_AMX", "1")] if IS_FOR_DEBUGGING else []
+
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
 # By the end of a file's name, longest first: what it needs, for gcc and clang and for MSVC, and the macro that tells
@@ -45,6 +48,22 @@ INSTRUCTION_SETS = {
     "_avx512_bf16": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"], "VICINAL_WITH_AVX512_BF16"),
     "_avx512": (AVX512, ["/arch:AVX512"], "VICINAL_WITH_AVX512"),
     "_avx2": (AVX2, ["/arch:AVX2"], "VICINAL_WITH_AVX2"),
+}
+UNKNOWN_TO_MSVC = ("_avx512_bf16", "_amx")
+
+EMPTY = "int main() { return 0; }\n"
+# By the end of a file's name: what a compiler must build that has such files written in assembler. Flags alone do not
+# say whether the assembler behind the compiler knows the instructions.
+PROBES = {
+    "_amx": """
+int main() {
+    char numbers[64] = {};
+    __asm__ volatile("ldtilecfg %0" ::"m"(numbers));
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(numbers), "r"(0L));
+    __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0");
+    return 0;
+}
+"""
 }
 
 
@@ -87,9 +106,9 @@ class BuildLibrary(build_ext):
         sets = {
             ending: (msvc if is_msvc else flags, macro)
             for ending, (flags, msvc, macro) in INSTRUCTION_SETS.items()
-            if is_x86 and not (is_msvc and ending in ("_avx512_bf16", "_amx")) and (is_msvc or self._takes(flags))
+            if is_x86 and (ending not in UNKNOWN_TO_MSVC if is_msvc else self._takes(flags, PROBES.get(ending, EMPTY)))
         }
-        macros = [(macro, "1") for _, macro in sets.values()]
+        macros = [*((macro, "1") for _, macro in sets.values()), *EMULATION]
 
         def compile_one(source: str) -> str:
             ending = next((ending for ending in INSTRUCTION_SETS if Path(source).stem.endswith(ending)), "")
@@ -139,7 +158,7 @@ class BuildLibrary(build_ext):
         program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
         return (["-fopenmp"], ["-fopenmp"]) if self._takes(["-fopenmp"], program) else ([], [])
 
-    def _takes(self, flags: list[str], program: str = "int main() { return 0; }\n") -> bool:
+    def _takes(self, flags: list[str], program: str = EMPTY) -> bool:
         """Whether the compiler builds a program with these flags."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")

@@ -57,8 +57,8 @@ VICINAL_INLINE F largest_scores(const AmxPass& pass, int first, int count, float
 VICINAL_INLINE void weigh_group(const AmxPass& pass, int n, const float* scores, float* pairs, F factor, F top, F* total) {
     const uint16_t* seen = pass.seen[n];
     for (int i = 0; i < pass.sources[n]; i += 2) {
-        const F even = weight_of(_mm512_fmsub_ps(S::load(scores + i * TILE), factor, top), seen[i]);
-        const F odd = weight_of(_mm512_fmsub_ps(S::load(scores + (i + 1) * TILE), factor, top), seen[i + 1]);
+        const F even = weight_of(S::sub(rounded_product(S::load(scores + i * TILE), factor), top), seen[i]);
+        const F odd = weight_of(S::sub(rounded_product(S::load(scores + (i + 1) * TILE), factor), top), seen[i + 1]);
         total[0] = S::add(total[0], even);
         total[1] = S::add(total[1], odd);
         store_pair_rows(pairs + i / 2 * TILE, even, odd);

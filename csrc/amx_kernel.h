@@ -88,7 +88,7 @@ inline AmxBias amx_bias_of(const Job& job, const Block& block, int64_t head, con
     bias.table = table;
     if (remembered->serial != job.serial || remembered->head != head) {
         std::memset(table, 0, static_cast<size_t>(floats) * 4);
-        each_bias(job, [&](int64_t to, int64_t from) { table[to] = bias.source[from] * LOG2_E; });
+        each_bias(job, [&](int64_t to, int64_t from) { table[to] = with_plain_nan(bias.source[from] * LOG2_E); });
         remembered->serial = job.serial;
         remembered->head = head;
     }
@@ -305,7 +305,9 @@ struct AmxWalk {
     VICINAL_APART void look_up_bias(const Tile& tile, AmxPass& pass, int n) const {
         float* to = bias_room + n * TILE * TILE;
         for (int i = 0; i < TILE * TILE; ++i) to[i] = 0.0f;
-        each_looked_up(tile, pass, n, [&](int i, int lane, int64_t at) { to[i * TILE + lane] = bias.source[at] * LOG2_E; });
+        each_looked_up(tile, pass, n, [&](int i, int lane, int64_t at) {
+            to[i * TILE + lane] = with_plain_nan(bias.source[at] * LOG2_E);
+        });
     }
 
     // Adds gradients of scores, which stand as [group][source][lane], to those of the bias.
@@ -536,6 +538,11 @@ VICINAL_INLINE void turn_pairs(float* pairs, int groups) {
     for (int i = 0; i < 16; ++i) S::store(pairs + i * TILE, turned[i]);
 }
 
+// A product that compilers do not join with what is taken from it: the largest score less itself is 0 however large it is.
+VICINAL_INLINE F rounded_product(F a, F b) {
+    return _mm512_mul_round_ps(a, b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 // 2^a where seen, 0 elsewhere and where that is no normal number; relative error at most 1.6e-7. NaN stays.
 VICINAL_INLINE F weight_of(F a, uint32_t seen) {
     const F shift = S::all(12582912.0f);  // 2^23 + 2^22: adding it leaves whole numbers, in the lowest bits
@@ -579,7 +586,8 @@ VICINAL_INLINE void each_target_of(const Block& block, const Tile& tile, const i
 VICINAL_INLINE void load_lanes(const Block& block, const Tile& tile, const float* numbers, const int64_t* strides,
                                int64_t base, float other, float* to) {
     S::store(to, S::all(other));
-    each_target_of(block, tile, strides, base, [&](int lane, int64_t place) VICINAL_LAMBDA { to[lane] = numbers[place]; });
+    each_target_of(block, tile, strides, base,
+                   [&](int lane, int64_t place) VICINAL_LAMBDA { to[lane] = with_plain_nan(numbers[place]); });
 }
 
 // Writes factors[lane] * sums[lane][channel], or adds that to what is there.

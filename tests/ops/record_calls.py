@@ -2,8 +2,8 @@
 
     python -m tests.ops.record_calls FILE [EVERY]
 
-takes every EVERY-th problem, in float32 and in a type of two bytes, each twice: the second time the call is known. What
-is read is written down with its exact extent in memory.
+takes every EVERY-th problem, in float32 and bfloat16, and every second of them in float16; each twice: the second time
+the call is known. What is read is written down with its exact extent in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .problems import PROBLEMS, arguments, draw
 from .tolerance import run
 
 FIRST_OUTPUT, FIRST_GRADIENT = 7, 11
-NARROW = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.float16)
 BYTES = {number: dtype.itemsize for dtype, number in record.DTYPES.items()}
 
 
@@ -75,7 +75,7 @@ def main(path: str, every: int) -> None:
         watched = dataclasses.replace(loaded, **{name: noted(name) for name in names})
         library.load = lambda: watched  # type: ignore[assignment]
         for number, problem in enumerate(PROBLEMS[::every]):
-            for dtype in (torch.float32, NARROW[number % 2]) * 2:
+            for dtype in DTYPES[number % 2] * 2:
                 run(problem, dtype, "cpu")
                 with torch.no_grad():  # without the log-sum-exp
                     vicinal.attention(**arguments(problem, draw(problem, dtype)), backend="cpu")
