@@ -135,7 +135,7 @@ VICINAL_INLINE void store_narrow_row(const Operand& operand, int64_t place, cons
 VICINAL_INLINE void weigh_sixteen(const float* scores, int64_t width, uint32_t seen, F factor, const F* top, F* weight, F* sum) {
     VICINAL_UNROLL
     for (int t = 0; t < 4; ++t) {
-        weight[t] = weight_of(_mm512_fmsub_ps(S::load(scores + t * width), factor, top[t]), seen);
+        weight[t] = weight_of(S::sub(rounded_product(S::load(scores + t * width), factor), top[t]), seen);
         sum[t] = S::add(sum[t], weight[t]);
     }
 }
@@ -442,10 +442,11 @@ inline void amx_dense_backward(const DenseJob& job, int64_t begin, int64_t end, 
             copy_tokens(query_rows, query_at, piece.queries, padded_queries, queries);
             copy_tokens(grad_rows, grad_out_at, piece.queries, padded_queries, grads);
             for (int64_t i = 0; i < piece.queries; ++i) {
-                row_sums[i] = product_of_rows(out_rows.at(out_at[i], 0), grads.rows + i * value_padded, value_padded) -
-                              (grad_lse ? grad_lse[grad_lse_at[i]] : 0.0f);
+                row_sums[i] = with_plain_nan(
+                    product_of_rows(out_rows.at(out_at[i], 0), grads.rows + i * value_padded, value_padded) -
+                    (grad_lse ? grad_lse[grad_lse_at[i]] : 0.0f));
                 const float of_query = lse[lse_at[i]];
-                lows[i] = of_query == -INFINITY ? 0.0f : of_query * LOG2_E;
+                lows[i] = of_query == -INFINITY ? 0.0f : with_plain_nan(of_query * LOG2_E);
             }
             const float* pairs = bias_of_pairs<S>(job, piece, width, bias);
             const Shares some_keys(piece.keys, tiles, 0), some_queries(piece.queries, tiles, 0);

@@ -246,7 +246,7 @@ VICINAL_INLINE ThreadBias take_bias(const DenseJob& job, const Workspace& worksp
     clear_notes(bias.slots);
     for (int64_t head = 0; head < job.heads; ++head)
         for (int64_t i = 0; i < bias.table_floats; ++i)
-            tables[head * bias.table_floats + i] = i < size ? job.bias[head * size + i] * LOG2_E : 0.0f;
+            tables[head * bias.table_floats + i] = i < size ? with_plain_nan(job.bias[head * size + i] * LOG2_E) : 0.0f;
     return bias;
 }
 
