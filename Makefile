@@ -78,8 +78,8 @@ format: .venv/.with-lint  ## format the code and apply the lint rules' safe fixe
 types: .venv/.with-lint  ## type-check the package
 	$(BIN)/mypy src/vicinal
 
-bench: .venv/.with-test .venv/.library  ## measure this machine; prints the table
-	$(BIN)/python -m vicinal.measure
+bench: .venv/.with-test .venv/.with-natten .venv/.library  ## measure this machine, and NATTEN too where it installs; prints the table
+	PYTHONPATH=.venv/natten $(BIN)/python -m vicinal.measure $(ARGS)
 
 bench-gpu: .venv/.with-test .venv/.library  ## measure a GPU against dense kernels and others' sparse ones; ARGS="video --resume"
 	$(BIN)/python -m vicinal.measure gpu $(ARGS)

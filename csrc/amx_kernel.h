@@ -429,7 +429,12 @@ struct Sums {
     }
     template <int L, int R>
     static VICINAL_INLINE void add_product(const void* weights, const uint16_t* pairs, int64_t padded) {
-        Matrix::load<L>(weights, 64);
+        add_rows<L, R>(weights, 64, pairs, padded);
+    }
+    // Weights [lane][source], `bytes` from lane to lane, times pairs of sources.
+    template <int L, int R>
+    static VICINAL_INLINE void add_rows(const void* weights, int64_t bytes, const uint16_t* pairs, int64_t padded) {
+        Matrix::load<L>(weights, bytes);
         Matrix::load<R>(pairs, 4 * padded);
         Matrix::multiply<SUM, L, R>();
         if constexpr (N > 1) {
@@ -566,7 +571,7 @@ VICINAL_INLINE void each_target_of(const Block& block, const Tile& tile, const i
 }
 
 // The targets of a tile as the right side of scores; `room` holds 17 rows of channels, the last of them zeros.
-VICINAL_APART void load_tile(const Block& block, const Tile& tile, const Operand& operand, int64_t base, uint16_t* room,
+[[maybe_unused]] VICINAL_APART void load_tile(const Block& block, const Tile& tile, const Operand& operand, int64_t base, uint16_t* room,
                              uint16_t* to) {
     const int64_t padded = padded_channels(operand.dim);
     const Rows from(operand, room, room + TILE * padded);
@@ -586,7 +591,7 @@ VICINAL_INLINE void load_lanes(const Block& block, const Tile& tile, const float
 }
 
 // Writes factors[lane] * sums[lane][channel], or adds that to what is there.
-VICINAL_APART void store_tile(const Block& block, const Tile& tile, const Operand& operand, int64_t base, const float* sums,
+[[maybe_unused]] VICINAL_APART void store_tile(const Block& block, const Tile& tile, const Operand& operand, int64_t base, const float* sums,
                               F factor, bool adds) {
     const int64_t dim = operand.dim, row = round_up(dim, TILE);
     const bool is_whole = operand.channel == 1 && !adds;

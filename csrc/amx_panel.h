@@ -25,9 +25,6 @@ constexpr int TILE = 16;  // targets of a tile, one to a lane
 
 VICINAL_INLINE int64_t padded_channels(int64_t dim) { return round_up(dim, MATRIX_DEPTH); }
 
-// Weights are made by adding up bits, where a NaN must have none but those of infinity and the highest one after them.
-VICINAL_INLINE float with_plain_nan(float number) { return number == number ? number : float_of_bits(0x7fc00000u); }
-
 // Two rows of channels as pairs. `is_finite` is cleared where a number is not.
 VICINAL_INLINE void pair_rows(const uint16_t* even, const uint16_t* odd, int64_t channels, uint16_t* to, bool& is_finite) {
     const __m512i exponent = _mm512_set1_epi16(0x7f80);

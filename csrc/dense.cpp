@@ -16,7 +16,7 @@ namespace {
 
 const DenseKernels* kernels_for(const Problem& problem) {
     switch (problem.call.isa) {
-        case VICINAL_AMX:
+        case VICINAL_AMX: return problem.call.dtype == VICINAL_BFLOAT16 ? dense_amx_kernels() : dense_avx512_kernels();
         case VICINAL_AVX512_BF16:
         case VICINAL_AVX512: return dense_avx512_kernels();
         case VICINAL_AVX2: return dense_avx2_kernels();

@@ -50,6 +50,7 @@ struct DenseKernels {
 const DenseKernels* dense_base_kernels();
 const DenseKernels* dense_avx2_kernels();  // null where the compiler could not build them
 const DenseKernels* dense_avx512_kernels();
+const DenseKernels* dense_amx_kernels();  // for bfloat16 only
 
 }  // namespace vicinal
 

@@ -180,7 +180,8 @@ struct PairSlots {
 };
 
 VICINAL_INLINE int64_t slot_floats(const DenseJob& job, int lanes) {
-    return job.most_queries * round_up(job.most_keys, lanes) + lanes;  // rows are written beyond their ends
+    // rows are written beyond their ends, and some kernels look at up to four queries at once
+    return (job.most_queries + 3) * round_up(job.most_keys, lanes) + lanes;
 }
 
 VICINAL_INLINE int64_t slots_bytes(const DenseJob& job, int lanes) {
@@ -245,7 +246,7 @@ VICINAL_INLINE ThreadBias take_bias(const DenseJob& job, const Workspace& worksp
     clear_notes(bias.slots);
     for (int64_t head = 0; head < job.heads; ++head)
         for (int64_t i = 0; i < bias.table_floats; ++i)
-            tables[head * bias.table_floats + i] = i < size ? job.bias[head * size + i] * LOG2_E : 0.0f;
+            tables[head * bias.table_floats + i] = i < size ? with_plain_nan(job.bias[head * size + i] * LOG2_E) : 0.0f;
     return bias;
 }
 

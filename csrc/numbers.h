@@ -32,6 +32,9 @@ VICINAL_INLINE uint32_t bits_of_float(float value) {
 
 VICINAL_INLINE float float_of_bfloat16(uint16_t value) { return float_of_bits(static_cast<uint32_t>(value) << 16); }
 
+// A NaN with no bits but those of infinity and the highest one after them, as whoever adds up bits of numbers needs it.
+VICINAL_INLINE float with_plain_nan(float number) { return number == number ? number : float_of_bits(0x7fc00000u); }
+
 // To the nearest, ties to even; a NaN stays one.
 VICINAL_INLINE uint16_t bfloat16_of_float(float value) {
     uint32_t bits = bits_of_float(value);

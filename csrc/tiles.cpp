@@ -520,9 +520,8 @@ void tiles_backward(const Problem& problem) {
 // the short types too much precision.
 vicinal_strategy choose_strategy(const Problem& problem, bool is_backward) {
     const bool writes_keys = problem.grad_key || problem.grad_value;
-    const bool is_in_matrices = problem.call.isa == VICINAL_AMX && problem.call.dtype == VICINAL_BFLOAT16;
     if (problem.is_double) return VICINAL_SIMPLE;
-    if (!is_in_matrices && dense_suits(problem, is_backward)) return VICINAL_DENSE;
+    if (dense_suits(problem, is_backward)) return VICINAL_DENSE;
     return writes_keys && problem.call.dtype != VICINAL_FLOAT32 && splits_key_heads(problem) ? VICINAL_SIMPLE : VICINAL_TILES;
 }
 

@@ -21,6 +21,7 @@ _PEERS = {
     "gather": "gather",
     "timm": "timm",
     "transformers": "transformers",
+    "natten": "NATTEN",
 }
 
 
@@ -31,7 +32,8 @@ def block(report: Report) -> str:
     for dtype, direction in report.kinds():
         rows = [row for row in report.select(dtype, direction) if row.entry(backend) is not None]
         if rows:
-            parts += [f"**{direction}, {dtype}**", markdown(_cells(rows, backend))]
+            wide = {} if dtype == "float32" else _milliseconds_of(report.select("float32", direction), backend)
+            parts += [f"**{direction}, {dtype}**", markdown(_cells(rows, backend, wide))]
     notes = (
         f"Milliseconds (median) of the `{backend}` back end, and how many times faster it was than each of the others "
         "in the same run, round by round; halo is the faster of two hand-written tilings. Every answer was checked "
@@ -40,17 +42,26 @@ def block(report: Report) -> str:
     return "\n\n".join([*parts, notes])
 
 
-def _cells(rows: Sequence[Row], backend: str) -> list[list[str]]:
+def _milliseconds_of(rows: Sequence[Row], backend: str) -> dict[str, float | None]:
+    """What each problem took."""
+    return {row.problem: entry.median_ms for row in rows if (entry := row.entry(backend)) is not None}
+
+
+def _cells(rows: Sequence[Row], backend: str, wide: Mapping[str, float | None]) -> list[list[str]]:
+    """The table; `wide` is what the problems took in float32, where that is shown beside."""
     peers = [name for name in _PEERS if any(name in row.speedups.get(backend, {}) for row in rows)]
     beside = [name for name in ("tiled",) if name != backend and any(row.entry(name) is not None for row in rows)]
     head = ["problem", f"`{backend}` ms", "share of best GEMM", *(f"vs {_PEERS[name]}" for name in peers), "vs halo"]
-    cells = [[*head, *(f"`{name}` ms" for name in beside)]]
+    also = ["float32 ms"] if wide else []
+    cells = [[*head, *(f"`{name}` ms" for name in beside), *also]]
     for row in rows:
         entry, ratios = row.entry(backend), row.speedups.get(backend, {})
         assert entry is not None
         own = [f"{row.problem} ({row.size})", milliseconds(entry.median_ms), percent(entry.share_of_gemm)]
         others = [found.median_ms if (found := row.entry(name)) is not None else None for name in beside]
         compared = [*(times(ratios.get(name)) for name in peers), times(row.over_halo(backend))]
+        if wide:
+            others.append(wide.get(row.problem))
         cells.append([*own, *compared, *("-" if ms is None else milliseconds(ms) for ms in others)])
     return cells
 
