@@ -14,9 +14,8 @@
 namespace vicinal {
 namespace {
 
-// What the eight registers hold. SHORT ones hold half as many numbers of a dot product: 16, in 8 pairs; SCORE ones stand in
-// their place where all registers are whole.
-enum MatrixRegister { SUM, LEFT = 4, RIGHT, SHORT_LEFT, SHORT_RIGHT, SCORE = SHORT_LEFT };
+// What the eight registers hold. SHORT ones hold half as many numbers of a dot product: 16, in 8 pairs.
+enum MatrixRegister { SUM, LEFT = 4, RIGHT, SHORT_LEFT, SHORT_RIGHT };
 
 constexpr int SUMS = 4;          // registers from SUM on
 constexpr int MATRIX_ROWS = 16;  // of sums, and their lanes
@@ -26,13 +25,6 @@ struct MatrixShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
-
-    static MatrixShapes whole() {
-        MatrixShapes shapes;
-        shapes.row_bytes[SHORT_LEFT] = 64;
-        shapes.rows[SHORT_RIGHT] = 16;
-        return shapes;
-    }
 };
 
 #if defined(VICINAL_EMULATE_AMX)
@@ -40,14 +32,12 @@ struct MatrixShapes {
 struct Matrix {
     struct Registers {
         unsigned char bytes[8][16][64];
-        MatrixShapes shapes;
     };
     static Registers& registers() {
         static thread_local Registers all;
         return all;
     }
-    static void open() { registers().shapes = MatrixShapes(); }
-    static void open_whole() { registers().shapes = MatrixShapes::whole(); }
+    static void open() {}
     static void close() {}
     template <int I>
     static void clear() {
@@ -55,7 +45,7 @@ struct Matrix {
     }
     template <int I>
     static void load(const void* from, int64_t stride) {
-        const MatrixShapes& shapes = registers().shapes;
+        const MatrixShapes shapes;
         clear<I>();
         for (int row = 0; row < shapes.rows[I]; ++row)
             std::memcpy(registers().bytes[I][row], static_cast<const char*>(from) + row * stride, shapes.row_bytes[I]);
@@ -71,7 +61,7 @@ struct Matrix {
             std::memcpy(&bits, registers().bytes[i][row] + 2 * number, 2);
             return float_of_bfloat16(bits);
         };
-        const MatrixShapes& shapes = registers().shapes;
+        const MatrixShapes shapes;
         for (int row = 0; row < 16; ++row)
             for (int lane = 0; lane < 16; ++lane) {
                 float sum;
@@ -88,10 +78,6 @@ struct Matrix {
     // Registers belong to a thread, and are no work for its switches once they are closed.
     static VICINAL_INLINE void open() {
         alignas(64) static const MatrixShapes shapes;
-        __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
-    }
-    static VICINAL_INLINE void open_whole() {
-        alignas(64) static const MatrixShapes shapes = MatrixShapes::whole();
         __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
     }
     static VICINAL_INLINE void close() { __asm__ volatile("tilerelease" ::); }

@@ -19,11 +19,11 @@ struct AmxRoom {
     AmxRoom(int64_t key_padded, int64_t value_padded, const Workspace& workspace) {
         const int64_t padded = most(key_padded, value_padded);
         Arena arena{static_cast<char*>(workspace.get(
-            AMX_PASS, static_cast<size_t>(2 * (MOST_GROUPS + 1) * GROUP * 4 + sizeof(AmxPass) +
+            AMX_PASS, static_cast<size_t>(2 * MOST_GROUPS * TILE * TILE * 4 + sizeof(AmxPass) +
                                           ((TILE + 1) * padded + TILE * (key_padded + value_padded)) * 2 + 64 * 8)))};
         pass = arena.take<AmxPass>(1);
-        scores = arena.take<float>((MOST_GROUPS + 1) * GROUP);
-        grads = arena.take<float>((MOST_GROUPS + 1) * GROUP);
+        scores = arena.take<float>(MOST_GROUPS * TILE * TILE);
+        grads = arena.take<float>(MOST_GROUPS * TILE * TILE);
         first = arena.take<uint16_t>(TILE * key_padded);
         second = arena.take<uint16_t>(TILE * value_padded);
         rows = arena.take<uint16_t>((TILE + 1) * padded);
@@ -72,79 +72,56 @@ VICINAL_INLINE void differentiate_group(const AmxPass& pass, int n, float* score
     clear_pairs(pairs, pass.sources[n]);
 }
 
-// A tile of queries against the keys of a pass.
+// Of a group, and of one that is turned together with it. What comes of it takes the place of `grads`.
 template <bool BIAS>
-struct AmxQueryPass {
-    const AmxPanel& panel;
-    const AmxPass& pass;
-    const AmxQueryTile& tile;
-    const uint16_t *queries, *grad_out;
-    Room scores, grads;
-    F factor;
-    bool keeps;
+VICINAL_INLINE void differentiate_groups(const AmxPass& pass, int n, float* scores, float* grads, F factor,
+                                         const AmxQueryTile& tile, bool keeps) {
+    constexpr int64_t GROUP = TILE * TILE;
+    float *own = scores + n * GROUP, *to = grads + n * GROUP;
+    const int groups = groups_together(pass, n);
+    differentiate_group<BIAS>(pass, n, own, to, to, factor, tile, keeps);
+    if (groups == 2) differentiate_group<BIAS>(pass, n + 1, own + GROUP, to + GROUP, to + GROUP / 2, factor, tile, keeps);
+    turn_pairs(to, groups);
+}
 
-    VICINAL_INLINE bool mixes() const { return panel.is_finite[0]; }
-
-    template <int N>
-    VICINAL_INLINE void mix(const Batch& batch) const {
-        if (mixes()) Sums<N>::add(panel, 0, pass, batch, 0, grads);
+// Gradients of a pass's scores, and sums of the first channels meanwhile.
+template <int N, bool BIAS>
+VICINAL_INLINE void differentiate_and_mix(const AmxPanel& panel, const AmxPass& pass, float* scores, float* grads, F factor,
+                                          AmxQueryTile& tile, int64_t row, bool keeps) {
+    Sums<N>::open(tile.is_fresh ? nullptr : tile.sums, row);
+    int before = -1;
+    for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
+        differentiate_groups<BIAS>(pass, n, scores, grads, factor, tile, keeps);
+        if (before >= 0) Sums<N>::add(panel, 0, pass, before, 0, grads);
+        before = n;
     }
-
-    // Gradients of a batch's scores take the place of `grads`. Registers work meanwhile.
-    template <int N>
-    VICINAL_INLINE void differentiate(const Batch& now, const Batch& next, const Batch& before) const {
-        const bool is_wide = pass.is_wide[now.first];
-        float *own = grads.of(now), *other = grads.of(now, 1);
-        begin_scores(pass, next, panel, 0, queries);
-        differentiate_group<BIAS>(pass, now.first, scores.of(now), own, own, factor, tile, keeps);
-        if (!is_wide) turn_pairs(own, 1);
-        end_scores(next, scores);
-        begin_scores(pass, next, panel, 1, grad_out);
-        mix<N>(before);
-        if (now.groups == 2) {
-            float* pairs = is_wide ? own + GROUP / 2 : other;
-            differentiate_group<BIAS>(pass, now.first + 1, scores.of(now, 1), other, pairs, factor, tile, keeps);
-            turn_pairs(is_wide ? own : other, is_wide ? 2 : 1);
-        }
-        end_scores(next, grads);
-    }
-
-    template <int N>
-    VICINAL_INLINE void take(int64_t row) const {
-        if (mixes()) Sums<N>::open(tile.is_fresh ? nullptr : tile.sums, row);
-        Batch now = Batch::begin(pass), before = Batch::none();
-        begin_scores(pass, now, panel, 0, queries);
-        end_scores(now, scores);
-        begin_scores(pass, now, panel, 1, grad_out);
-        end_scores(now, grads);
-        while (now.groups) {
-            const Batch next = now.next(pass);
-            differentiate<N>(now, next, before);
-            before = now;
-            now = next;
-        }
-        mix<N>(before);
-        if (mixes()) Sums<N>::close(tile.sums, row);
-    }
-};
+    Sums<N>::add(panel, 0, pass, before, 0, grads);
+    Sums<N>::close(tile.sums, row);
+}
 
 template <bool BIAS>
 VICINAL_INLINE void amx_query_pass(const AmxQueryRun& run, const AmxPanel& panel, AmxQueryTile& tile, const AmxPass& pass) {
+    float *scores = run.room.scores, *grads = run.room.grads;
+    each_four(pass, [&](int first, int count) VICINAL_LAMBDA {
+        score_some(pass, first, count, panel, 0, run.room.first, scores);
+        score_some(pass, first, count, panel, 1, run.room.second, grads);
+    });
+    const F factor = S::all(run.job.scale * LOG2_E);
     const int64_t channels = run.job.query.dim, row = round_up(channels, TILE);
-    const bool keeps = BIAS && run.grad_bias, needs_all = keeps || channels > SUMS * TILE || !panel.is_finite[0];
-    const int ring = needs_all ? MOST_GROUPS : RING;
-    const AmxQueryPass<BIAS> own{panel, pass, tile, run.room.first, run.room.second, {run.room.scores, ring},
-                                 {run.room.grads, ring}, S::all(run.job.scale * LOG2_E), keeps};
-    switch (least(row / TILE, SUMS)) {
-        case 1: own.template take<1>(row); break;
-        case 2: own.template take<2>(row); break;
-        case 3: own.template take<3>(row); break;
-        default: own.template take<4>(row); break;
+    const bool keeps = BIAS && run.grad_bias;
+    if (panel.is_finite[0]) {
+        switch (least(row / TILE, SUMS)) {
+            case 1: differentiate_and_mix<1, BIAS>(panel, pass, scores, grads, factor, tile, row, keeps); break;
+            case 2: differentiate_and_mix<2, BIAS>(panel, pass, scores, grads, factor, tile, row, keeps); break;
+            case 3: differentiate_and_mix<3, BIAS>(panel, pass, scores, grads, factor, tile, row, keeps); break;
+            default: differentiate_and_mix<4, BIAS>(panel, pass, scores, grads, factor, tile, row, keeps); break;
+        }
+        mix_from(panel, 0, pass, grads, SUMS * TILE, channels, tile.sums, tile.is_fresh);
+    } else {
+        for (int n = 0; n < pass.count; n += groups_together(pass, n))
+            differentiate_groups<BIAS>(pass, n, scores, grads, factor, tile, keeps);
+        mix_with_care(panel, 0, pass, grads, channels, tile.sums, tile.is_fresh);
     }
-    if (!own.mixes())
-        mix_with_care(panel, 0, pass, own.grads, Span::all(pass), channels, tile.sums, tile.is_fresh);
-    else if (channels > SUMS * TILE)
-        mix_from(panel, 0, pass, own.grads, Span::all(pass), SUMS * TILE, channels, tile.sums, tile.is_fresh);
     tile.is_fresh = false;
 }
 
@@ -206,7 +183,7 @@ inline void amx_grad_query_unit(const Job& job, const Unit& unit, int64_t sample
     if (keeps_state)
         for (int64_t i = 0; i < kept; ++i) run.sums[i] = 0.0f;
     const AmxBias bias = amx_bias_of(job, block, head, workspace);
-    Matrix::open_whole();
+    Matrix::open();
     for (int list = 0; list < lists.count(); ++list) {
         Sources sources;
         lists.open(list, sources);
@@ -247,7 +224,7 @@ VICINAL_INLINE void weigh_and_differentiate(const AmxPanel& panel, const AmxPass
                                             const float* grads, float* weight_pairs, float* grad_pairs, F factor,
                                             bool needs_keys) {
     const uint16_t* seen = pass.seen[n];
-    const int64_t first = pass.place[n] * panel.columns + pass.at[n];
+    const int64_t first = pass.place[n];
     const float *lse = panel.lanes[0] + first, *row_sum = panel.lanes[1] + first;
     const auto weigh = [&](int i) VICINAL_LAMBDA {
         F score = S::mul(S::load(scores + i * TILE), factor);
@@ -266,88 +243,62 @@ VICINAL_INLINE void weigh_and_differentiate(const AmxPanel& panel, const AmxPass
     if (needs_keys) clear_pairs(grad_pairs, pass.sources[n]);
 }
 
-// A tile of keys against the queries of a pass.
 template <bool BIAS>
-struct AmxKeyPass {
-    const AmxPanel& panel;
-    const AmxPass& pass;
-    const uint16_t *keys, *values;
-    Room scores, grads;
-    F factor;
-    bool needs_keys, needs_values;
+VICINAL_INLINE void weigh_and_differentiate_groups(const AmxPanel& panel, const AmxPass& pass, int n, float* scores,
+                                                   float* grads, F factor, bool needs_keys) {
+    constexpr int64_t GROUP = TILE * TILE;
+    float *own = scores + n * GROUP, *to = grads + n * GROUP;
+    const int groups = groups_together(pass, n);
+    weigh_and_differentiate<BIAS>(panel, pass, n, own, to, own, to, factor, needs_keys);
+    if (groups == 2)
+        weigh_and_differentiate<BIAS>(panel, pass, n + 1, own + GROUP, to + GROUP, own + GROUP / 2, to + GROUP / 2, factor,
+                                      needs_keys);
+    turn_pairs(own, groups);
+    if (needs_keys) turn_pairs(to, groups);
+}
 
-    VICINAL_INLINE bool mixes() const { return needs_values && panel.is_finite[1]; }
-
-    template <int N>
-    VICINAL_INLINE void mix(const Batch& batch) const {
-        if (mixes()) Sums<N>::add(panel, 1, pass, batch, 0, scores);
+// Weights and gradients of a pass, and sums of the first channels of values meanwhile.
+template <int N, bool BIAS>
+VICINAL_INLINE void weigh_and_mix_values(const AmxPanel& panel, const AmxPass& pass, float* scores, float* grads, F factor,
+                                         bool needs_keys, float* sums, int64_t row) {
+    Sums<N>::open(sums, row);
+    int before = -1;
+    for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
+        weigh_and_differentiate_groups<BIAS>(panel, pass, n, scores, grads, factor, needs_keys);
+        if (before >= 0) Sums<N>::add(panel, 1, pass, before, 0, scores);
+        before = n;
     }
-    VICINAL_INLINE void turn(const Batch& batch, int group, int groups) const {
-        turn_pairs(scores.of(batch, group), groups);
-        if (needs_keys) turn_pairs(grads.of(batch, group), groups);
-    }
-
-    // Weights of a batch take the place of scores, gradients that of `grads`. Registers work meanwhile.
-    template <int N>
-    VICINAL_INLINE void weigh(const Batch& now, const Batch& next, const Batch& before) const {
-        const bool is_wide = pass.is_wide[now.first];
-        float *own = scores.of(now), *to = grads.of(now);
-        begin_scores(pass, next, panel, 0, keys);
-        weigh_and_differentiate<BIAS>(panel, pass, now.first, own, to, own, to, factor, needs_keys);
-        if (!is_wide) turn(now, 0, 1);
-        end_scores(next, scores);
-        if (needs_keys) begin_scores(pass, next, panel, 1, values);
-        mix<N>(before);
-        if (now.groups == 2) {
-            const int64_t pairs = is_wide ? GROUP / 2 : GROUP;
-            weigh_and_differentiate<BIAS>(panel, pass, now.first + 1, own + GROUP, to + GROUP, own + pairs, to + pairs, factor,
-                                          needs_keys);
-            turn(now, is_wide ? 0 : 1, is_wide ? 2 : 1);
-        }
-        if (needs_keys) end_scores(next, grads);
-    }
-
-    template <int N>
-    VICINAL_INLINE void take(float* sums, int64_t row) const {
-        if (mixes()) Sums<N>::open(sums, row);
-        Batch now = Batch::begin(pass), before = Batch::none();
-        begin_scores(pass, now, panel, 0, keys);
-        end_scores(now, scores);
-        if (needs_keys) {
-            begin_scores(pass, now, panel, 1, values);
-            end_scores(now, grads);
-        }
-        while (now.groups) {
-            const Batch next = now.next(pass);
-            weigh<N>(now, next, before);
-            before = now;
-            now = next;
-        }
-        mix<N>(before);
-        if (mixes()) Sums<N>::close(sums, row);
-    }
-};
+    Sums<N>::add(panel, 1, pass, before, 0, scores);
+    Sums<N>::close(sums, row);
+}
 
 template <bool BIAS>
 VICINAL_INLINE void amx_key_pass(const AmxKeyRun& run, const AmxPanel& panel, int64_t number, const AmxPass& pass) {
     const Job& job = run.job;
+    float *scores = run.room.scores, *grads = run.room.grads;
+    const bool needs_keys = job.grad_key.data != nullptr, needs_values = job.grad_value.data != nullptr;
+    each_four(pass, [&](int first, int count) VICINAL_LAMBDA {
+        score_some(pass, first, count, panel, 0, run.room.first, scores);
+        if (needs_keys) score_some(pass, first, count, panel, 1, run.room.second, grads);
+    });
+    const F factor = S::all(job.scale * LOG2_E);
     const int64_t channels = job.value.dim, row = round_up(channels, TILE);
     float* values = run.value_sums + number * row * TILE;
     float* keys = run.key_sums + number * round_up(job.query.dim, TILE) * TILE;
-    const AmxKeyPass<BIAS> own{panel, pass, run.room.first, run.room.second, {run.room.scores, MOST_GROUPS},
-                               {run.room.grads, MOST_GROUPS}, S::all(job.scale * LOG2_E), job.grad_key.data != nullptr,
-                               job.grad_value.data != nullptr};
-    switch (least(row / TILE, SUMS)) {
-        case 1: own.template take<1>(values, row); break;
-        case 2: own.template take<2>(values, row); break;
-        case 3: own.template take<3>(values, row); break;
-        default: own.template take<4>(values, row); break;
+    if (needs_values && panel.is_finite[1]) {
+        switch (least(row / TILE, SUMS)) {
+            case 1: weigh_and_mix_values<1, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
+            case 2: weigh_and_mix_values<2, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
+            case 3: weigh_and_mix_values<3, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
+            default: weigh_and_mix_values<4, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
+        }
+        mix_from(panel, 1, pass, scores, SUMS * TILE, channels, values, false);
+    } else {
+        for (int n = 0; n < pass.count; n += groups_together(pass, n))
+            weigh_and_differentiate_groups<BIAS>(panel, pass, n, scores, grads, factor, needs_keys);
+        if (needs_values) mix_with_care(panel, 1, pass, scores, channels, values, false);
     }
-    if (own.needs_values && !own.mixes())
-        mix_with_care(panel, 1, pass, own.scores, Span::all(pass), channels, values, false);
-    else if (own.needs_values && channels > SUMS * TILE)
-        mix_from(panel, 1, pass, own.scores, Span::all(pass), SUMS * TILE, channels, values, false);
-    if (own.needs_keys) mix_all(panel, 0, pass, own.grads, job.query.dim, keys, false);
+    if (needs_keys) mix_all(panel, 0, pass, grads, job.query.dim, keys, false);
 }
 
 VICINAL_APART void amx_key_pass_with_bias(const AmxKeyRun& run, const AmxPanel& panel, int64_t number, const AmxPass& pass) {
@@ -387,7 +338,7 @@ inline void amx_grad_key_value_unit(const Job& job, const Unit& unit, int64_t sa
     for (int64_t i = 0; i < kept * key_channels; ++i) run.key_sums[i] = 0.0f;
     for (int64_t i = 0; i < kept * value_channels; ++i) run.value_sums[i] = 0.0f;
     Sources sources;
-    Matrix::open_whole();
+    Matrix::open();
     // the group's query heads that share this key head
     const int64_t head_begin = most(head * job.shared, job.first_head);
     const int64_t head_end = least((head + 1) * job.shared, job.first_head + job.heads);

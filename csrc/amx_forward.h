@@ -20,38 +20,37 @@ struct AmxForward {
     AmxPass& pass;
 };
 
-// What a tile has summed up. Weights are powers of two less `top`, which is no lane's largest score but near it.
+// What a tile has summed up.
 struct AmxState {
     F top, total;
     float* sums;
     bool is_fresh;
 };
 
-constexpr float ABOVE_TOP = 8.0f;  // how far scores may stand above it: weights stay small, and changing it is rare
-
-// Largest scores of a group, whose scores stay as they are or, with a bias, become complete.
-VICINAL_INLINE F largest_of_group(const AmxPass& pass, int n, float* at, F factor, bool has_bias, F top) {
+// Largest scores of some groups, whose scores stay as they are or, with a bias, become complete.
+VICINAL_INLINE F largest_scores(const AmxPass& pass, int first, int count, float* scores, F factor, bool has_bias, F top) {
     F other = top;
-    const uint16_t* seen = pass.seen[n];
-    if (has_bias) {
-        for (int i = 0; i < pass.sources[n]; ++i) {
-            const F score = S::fma(S::load(at + i * TILE), factor, S::load(pass.bias[n] + i * TILE));
-            S::store(at + i * TILE, score);
-            top = _mm512_mask_max_ps(top, seen[i], top, score);
+    for (int n = first; n < first + count; ++n) {
+        float* at = scores + n * TILE * TILE;
+        const uint16_t* seen = pass.seen[n];
+        if (has_bias) {
+            for (int i = 0; i < pass.sources[n]; ++i) {
+                const F score = S::fma(S::load(at + i * TILE), factor, S::load(pass.bias[n] + i * TILE));
+                S::store(at + i * TILE, score);
+                top = _mm512_mask_max_ps(top, seen[i], top, score);
+            }
+        } else {
+            for (int i = 0; i + 1 < pass.sources[n]; i += 2) {
+                top = _mm512_mask_max_ps(top, seen[i], top, S::mul(S::load(at + i * TILE), factor));
+                other = _mm512_mask_max_ps(other, seen[i + 1], other, S::mul(S::load(at + (i + 1) * TILE), factor));
+            }
+            if (pass.sources[n] & 1) {
+                const int i = pass.sources[n] - 1;
+                top = _mm512_mask_max_ps(top, seen[i], top, S::mul(S::load(at + i * TILE), factor));
+            }
         }
-        return top;
-    }
-    for (int i = 0; i < pass.sources[n]; i += 2) {
-        top = _mm512_mask_max_ps(top, seen[i], top, S::mul(S::load(at + i * TILE), factor));
-        other = _mm512_mask_max_ps(other, seen[i + 1], other, S::mul(S::load(at + (i + 1) * TILE), factor));
     }
     return S::max(other, top);
-}
-
-VICINAL_INLINE F largest_scores(const AmxPass& pass, const Batch& batch, const Room& room, F factor, bool has_bias) {
-    F top = largest_of_group(pass, batch.first, room.of(batch), factor, has_bias, S::all(FAR_BELOW));
-    if (batch.groups == 2) top = largest_of_group(pass, batch.first + 1, room.of(batch, 1), factor, has_bias, top);
-    return top;
 }
 
 // Weights of a group in place of its scores, as pairs, and their sum.
@@ -67,83 +66,46 @@ VICINAL_INLINE void weigh_group(const AmxPass& pass, int n, const float* scores,
     clear_pairs(pairs, pass.sources[n]);
 }
 
-// A tile against the sources of a pass.
-struct AmxForwardPass {
-    const AmxPanel& panel;
-    const AmxPass& pass;
-    const uint16_t* targets;
-    Room room;
-    F scale;
-    bool has_bias;
-    int64_t channels, row;
-    F raised;  // where a span ended because scores stand far above the top: the top that they need
+// Weights of a group, and of one that is turned together with it.
+VICINAL_INLINE void weigh_groups(const AmxPass& pass, int n, float* scores, F factor, F top, F* total) {
+    float* at = scores + n * TILE * TILE;
+    const int groups = groups_together(pass, n);
+    weigh_group(pass, n, at, at, factor, top, total);
+    if (groups == 2) weigh_group(pass, n + 1, at + TILE * TILE, at + TILE * TILE / 2, factor, top, total);
+    turn_pairs(at, groups);
+}
 
-    VICINAL_INLINE bool mixes() const { return panel.is_finite[1]; }
-
-    template <int N>
-    VICINAL_INLINE void mix(const Batch& batch) const {
-        if (mixes()) Sums<N>::add(panel, 1, pass, batch, 0, room);
+// Weights of a pass, and sums of the first channels meanwhile.
+template <int N>
+VICINAL_INLINE void weigh_and_mix(const AmxPanel& panel, const AmxPass& pass, float* scores, F factor, F top, F* total,
+                                  float* sums, int64_t row, bool is_fresh) {
+    Sums<N>::open(is_fresh ? nullptr : sums, row);
+    int before = -1;
+    for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
+        weigh_groups(pass, n, scores, factor, top, total);
+        if (before >= 0) Sums<N>::add(panel, 1, pass, before, 0, scores);
+        before = n;
     }
+    Sums<N>::add(panel, 1, pass, before, 0, scores);
+    Sums<N>::close(sums, row);
+}
 
-    // Weights of a batch. Halfway the next scores are stored and the batch before is mixed: registers work meanwhile.
-    template <int N>
-    VICINAL_INLINE void weigh(const Batch& now, const Batch& next, const Batch& before, F top, F* total) const {
-        const F factor = has_bias ? S::all(1.0f) : scale;  // scores with a bias are scaled already
-        const bool is_wide = pass.is_wide[now.first];
-        float *own = room.of(now), *other = room.of(now, 1);
-        weigh_group(pass, now.first, own, own, factor, top, total);
-        if (!is_wide) turn_pairs(own, 1);
-        end_scores(next, room);
-        mix<N>(before);
-        if (now.groups == 1) return;
-        float* pairs = is_wide ? own + GROUP / 2 : other;
-        weigh_group(pass, now.first + 1, other, pairs, factor, top, total);
-        if (is_wide) turn_pairs(own, 2);
-        else turn_pairs(other, 1);
-    }
-
-    // Batches from `begin` on, up to one whose scores stand far above the top.
-    template <int N>
-    VICINAL_INLINE Batch take(const Batch& begin, AmxState& state) {
-        if (mixes()) Sums<N>::open(state.is_fresh ? nullptr : state.sums, row);
-        F top = state.top, total[2] = {state.total, S::zero()};
-        Batch now = begin, before = Batch::none();
-        begin_scores(pass, now, panel, 0, targets);
-        end_scores(now, room);
-        while (now.groups) {
-            const Batch next = now.next(pass);
-            begin_scores(pass, next, panel, 0, targets);
-            const F largest = largest_scores(pass, now, room, scale, has_bias);
-            const __mmask16 above = _mm512_cmp_ps_mask(largest, S::add(top, S::all(ABOVE_TOP)), _CMP_GT_OQ);
-            if (above) {
-                raised = _mm512_mask_mov_ps(top, above, largest);
-                if (_mm512_mask_cmp_ps_mask(above, top, S::all(FAR_BELOW), _CMP_NEQ_UQ)) break;
-                top = raised;  // of lanes that have seen nothing yet
-            }
-            weigh<N>(now, next, before, top, total);
-            before = now;
-            now = next;
-        }
-        mix<N>(before);
-        if (mixes()) Sums<N>::close(state.sums, row);
-        state.top = top;
-        state.total = S::add(total[0], total[1]);
-        return now;
-    }
-
-    VICINAL_INLINE Batch take_some(const Batch& begin, AmxState& state) {
-        switch (least(row / TILE, SUMS)) {
-            case 1: return take<1>(begin, state);
-            case 2: return take<2>(begin, state);
-            case 3: return take<3>(begin, state);
-            default: return take<4>(begin, state);
-        }
-    }
-
-    // Changes the top of what is summed up.
-    VICINAL_APART void raise(AmxState& state) const {
-        const F change = exp2_of<S>(S::sub(state.top, raised));
-        state.top = raised;
+VICINAL_APART void amx_forward_pass(const Job& job, const AmxPanel& panel, const uint16_t* targets, AmxState& state,
+                                    float* scores, const AmxPass& pass, bool has_bias) {
+    const F scale = S::all(job.scale * LOG2_E);
+    F top = state.top;
+    int before = -1;
+    each_four(pass, [&](int first, int count) VICINAL_LAMBDA {
+        score_some(pass, first, count, panel, 0, targets, scores);
+        if (before >= 0) top = largest_scores(pass, before, SUMS, scores, scale, has_bias, top);
+        before = first;
+    });
+    top = largest_scores(pass, before, pass.count - before, scores, scale, has_bias, top);
+    const F factor = has_bias ? S::all(1.0f) : scale;  // scores with a bias are scaled already
+    F total[2] = {S::zero(), S::zero()};
+    const int64_t channels = job.value.dim, row = round_up(channels, TILE);
+    if (!state.is_fresh) {
+        const F change = exp2_of<S>(S::sub(state.top, top));
         state.total = S::mul(state.total, change);
         alignas(64) float changes[TILE];
         S::store(changes, change);
@@ -153,30 +115,21 @@ struct AmxForwardPass {
                 S::store(at, S::mul(S::load(at), S::all(changes[lane])));
             }
     }
-
-    VICINAL_INLINE void take_all(AmxState& state) {
-        Batch begin = Batch::begin(pass);
-        while (begin.groups) {
-            const Batch end = take_some(begin, state);
-            const Span span{begin, end.first};
-            if (!mixes())
-                mix_with_care(panel, 1, pass, room, span, channels, state.sums, state.is_fresh);
-            else if (channels > SUMS * TILE)
-                mix_from(panel, 1, pass, room, span, SUMS * TILE, channels, state.sums, state.is_fresh);
-            state.is_fresh = false;
-            if (end.groups) raise(state);
-            begin = end;
+    if (panel.is_finite[1]) {
+        switch (least(row / TILE, SUMS)) {
+            case 1: weigh_and_mix<1>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
+            case 2: weigh_and_mix<2>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
+            case 3: weigh_and_mix<3>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
+            default: weigh_and_mix<4>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
         }
+        mix_from(panel, 1, pass, scores, SUMS * TILE, channels, state.sums, state.is_fresh);
+    } else {
+        for (int n = 0; n < pass.count; n += groups_together(pass, n)) weigh_groups(pass, n, scores, factor, top, total);
+        mix_with_care(panel, 1, pass, scores, channels, state.sums, state.is_fresh);
     }
-};
-
-VICINAL_APART void amx_forward_pass(const Job& job, const AmxPanel& panel, const uint16_t* targets, AmxState& state,
-                                    float* scores, const AmxPass& pass, bool has_bias) {
-    const int64_t channels = job.value.dim, row = round_up(channels, TILE);
-    const bool needs_all = channels > SUMS * TILE || !panel.is_finite[1];
-    AmxForwardPass run{panel, pass, targets, {scores, needs_all ? MOST_GROUPS : RING}, S::all(job.scale * LOG2_E),
-                       has_bias, channels, row, state.top};
-    run.take_all(state);
+    state.top = top;
+    state.total = S::add(state.total, S::add(total[0], total[1]));
+    state.is_fresh = false;
 }
 
 // Writes the output of a tile.
@@ -234,13 +187,13 @@ inline void amx_forward_unit(const Job& job, const Unit& unit, int64_t sample, i
     const int64_t tiles = tiles_of(block), kept = (keeps_state ? tiles : 1) * channels;
     Arena arena{static_cast<char*>(
         workspace.get(AMX_STATE, static_cast<size_t>((kept + 2 * tiles) * TILE * 4 + (2 * TILE + 1) * padded * 2 + 64 * 8)))};
-    Arena room{static_cast<char*>(workspace.get(AMX_PASS, (MOST_GROUPS + 1) * GROUP * 4 + sizeof(AmxPass) + 64))};
+    Arena room{static_cast<char*>(workspace.get(AMX_PASS, MOST_GROUPS * TILE * TILE * 4 + sizeof(AmxPass) + 64))};
     AmxPass& pass = *room.take<AmxPass>(1);
     AmxForward run{job, block, keeps_state, sample * job.query.batch + q_head * job.query.head,
                    sample * job.out.batch + q_head * job.out.head, arena.take<float>(kept * TILE),
                    arena.take<float>(tiles * TILE), arena.take<float>(tiles * TILE),
                    arena.take<uint16_t>((TILE + 1) * padded), arena.take<uint16_t>(TILE * padded),
-                   room.take<float>((MOST_GROUPS + 1) * GROUP), pass};
+                   room.take<float>(MOST_GROUPS * TILE * TILE), pass};
     for (int64_t i = 0; i < padded; ++i) run.rows[TILE * padded + i] = 0;
     if (keeps_state) {
         for (int64_t i = 0; i < kept * TILE; ++i) run.sums[i] = 0.0f;
@@ -248,7 +201,7 @@ inline void amx_forward_unit(const Job& job, const Unit& unit, int64_t sample, i
         for (int64_t i = 0; i < tiles * TILE; ++i) run.total[i] = 0.0f;
     }
     const AmxBias bias = amx_bias_of(job, block, head, workspace);
-    Matrix::open_whole();
+    Matrix::open();
     for (int list = 0; list < lists.count(); ++list) {
         Sources sources;
         lists.open(list, sources);

@@ -17,12 +17,12 @@ constexpr int MOST_GROUPS = 32;  // of sources that are looked at together
 
 struct AmxPass {
     int count;                                 // of groups
-    int64_t place[MOST_GROUPS], at[MOST_GROUPS];  // in the panel: row of sources and first column
+    int64_t place[MOST_GROUPS];                // of the first source in the panel
     int sources[MOST_GROUPS];                  // 1 to 16
     bool is_wide[MOST_GROUPS];                 // together with the next group
     uint16_t seen[MOST_GROUPS][TILE];          // whose targets see a source
     const float* bias[MOST_GROUPS];            // [source][lane] in the table or, where that has no such rows, in a room
-    int64_t plane[MOST_GROUPS], row[MOST_GROUPS], column[MOST_GROUPS];  // of the first source, in steps
+    int64_t plane[MOST_GROUPS], row[MOST_GROUPS], column[MOST_GROUPS];  // of the first source, in steps; where asked for
 };
 
 // A head's bias as tiles read it, times log2(e): [plane][row][column][lane], where the lane of row r and column c of a
@@ -112,10 +112,12 @@ struct AmxWalk {
     AmxRow* rows;
     AmxColumns* columns;
     int64_t num_rows = 0;
+    int64_t panel_columns;  // of a place
 
     AmxWalk(const Block& b, const Sources& s, const Chunk& c, const AmxBias& table, bool queries, const Workspace& workspace)
         : block(b), sources(s), chunk(c), bias(table), targets_are_queries(queries) {
         const int64_t tiles = b.column_tiles.end - b.column_tiles.begin, groups = c.group_end - c.group_begin;
+        panel_columns = columns_of_place(c);
         int64_t masks = 0;
         for (int64_t tile = 0; tile < tiles; ++tile) masks += columns_of(tile).count + 2 * TILE;
         const bool looks_up = b.job.bias && !s.is_extra && !table.is_even;
@@ -128,6 +130,10 @@ struct AmxWalk {
         bias_room = looks_up ? arena.take<float>(MOST_GROUPS * TILE * TILE) : nullptr;
         for (int64_t tile = 0; tile < tiles; ++tile) {
             columns[tile] = columns_of(tile);
+            if (tile && sees_alike(tile, tile - 1)) {
+                columns[tile].seen = columns[tile - 1].seen;
+                continue;
+            }
             columns[tile].seen = seen;
             fill_columns(tile, seen);
             seen += columns[tile].count + 2 * TILE;
@@ -143,6 +149,24 @@ struct AmxWalk {
         return {low, most(least(sources.high(2, run.end - 1), chunk.column_end) - low, 0), nullptr};
     }
 
+    // What a target sees of a tile's columns.
+    VICINAL_INLINE Run seen_by(int64_t tile, int32_t column) const {
+        const AmxColumns& own = columns[tile];
+        return {static_cast<int32_t>(most(sources.low(2, column) - own.low, 0)),
+                static_cast<int32_t>(least(sources.high(2, column) - own.low, own.count))};
+    }
+
+    // Whether two tiles have the same masks, as most neighbors do.
+    VICINAL_INLINE bool sees_alike(int64_t tile, int64_t other) const {
+        const Run run = targets_of(tile), before = targets_of(other);
+        if (columns[tile].count != columns[other].count || run.end - run.begin != before.end - before.begin) return false;
+        for (int32_t i = 0; i < run.end - run.begin; ++i) {
+            const Run a = seen_by(tile, run.begin + i), b = seen_by(other, before.begin + i);
+            if (a.begin != b.begin || a.end != b.end) return false;
+        }
+        return true;
+    }
+
     inline void fill_columns(int64_t tile, uint16_t* seen) const {
         const AmxColumns& own = columns[tile];
         const Run run = targets_of(tile);
@@ -151,9 +175,8 @@ struct AmxWalk {
             uint16_t lanes = 0;
             for (int r = 0; r < block.job.tile_rows; ++r)
                 lanes = static_cast<uint16_t>(lanes | 1u << (r * block.job.tile_columns + column - run.begin));
-            const int64_t begin = most(sources.low(2, column) - own.low, 0);
-            const int64_t end = least(sources.high(2, column) - own.low, own.count);
-            for (int64_t i = begin; i < end; ++i) seen[i] = static_cast<uint16_t>(seen[i] | lanes);
+            const Run sees = seen_by(tile, column);
+            for (int64_t i = sees.begin; i < sees.end; ++i) seen[i] = static_cast<uint16_t>(seen[i] | lanes);
         }
     }
 
@@ -183,14 +206,17 @@ struct AmxWalk {
         const __m256i lanes = _mm256_set1_epi16(static_cast<int16_t>(row.lanes));
         const __m256i seen = _mm256_and_si256(lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(across.seen + first)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(pass.seen[n]), seen);
-        pass.place[n] = row.place;
-        pass.at[n] = across.low + first - chunk.column_begin;
+        pass.place[n] = row.place * panel_columns + across.low + first - chunk.column_begin;
         pass.sources[n] = static_cast<int>(most(least(across.count - first, TILE), 0));
         pass.is_wide[n] = false;
+        return !_mm256_testz_si256(seen, seen);
+    }
+
+    // What members and biases ask of it besides.
+    VICINAL_INLINE void note_where(AmxPass& pass, int n, const AmxRow& row, const AmxColumns& across, int64_t first) const {
         pass.plane[n] = row.plane;
         pass.row[n] = row.row;
         pass.column[n] = across.low + first;
-        return !_mm256_testz_si256(seen, seen);
     }
 
     // Calls flush(pass) for every pass.
@@ -208,7 +234,8 @@ struct AmxWalk {
                     is_seen |= note(pass, n + g, rows[i], across, first + g * TILE);
                 if (!is_seen) continue;
                 pass.is_wide[n] = groups == 2;
-                for (int g = n; g < n + groups; ++g) {
+                for (int g = n; g < n + groups && (has_earlier || has_bias); ++g) {
+                    note_where(pass, g, rows[i], across, first + (g - n) * TILE);
                     if (has_earlier) leave_out_earlier(tile, pass, g);
                     if (has_bias) find_bias(tile, pass, g);
                 }
@@ -340,73 +367,67 @@ inline void fold_bias_gradient(const Job& job, const float* table, float* to) {
 
 // ---- products
 
-// Groups that are taken together: two side by side, two of different rows, or one alone.
+// Scores of N groups: to[group][source][lane]. `rows` is the panel's, `targets` was laid by lay_pairs.
+template <int N>
+VICINAL_INLINE void score_groups(const AmxPass& pass, int first, const uint16_t* rows, int64_t padded,
+                                 const uint16_t* targets, float* to) {
+    const uint16_t* from[N];
+    VICINAL_UNROLL
+    for (int n = 0; n < N; ++n) from[n] = rows + pass.place[first + n] * padded;
+    Matrix::clear<SUM>();
+    if constexpr (N > 1) Matrix::clear<SUM + 1>();
+    if constexpr (N > 2) Matrix::clear<SUM + 2>();
+    if constexpr (N > 3) Matrix::clear<SUM + 3>();
+    for (int64_t d = 0; d < padded; d += MATRIX_DEPTH) {
+        Matrix::load<RIGHT>(targets + d * TILE, 64);
+        Matrix::load<LEFT>(from[0] + d, 2 * padded);
+        Matrix::multiply<SUM, LEFT, RIGHT>();
+        if constexpr (N > 1) {
+            Matrix::load<LEFT>(from[1] + d, 2 * padded);
+            Matrix::multiply<SUM + 1, LEFT, RIGHT>();
+        }
+        if constexpr (N > 2) {
+            Matrix::load<LEFT>(from[2] + d, 2 * padded);
+            Matrix::multiply<SUM + 2, LEFT, RIGHT>();
+        }
+        if constexpr (N > 3) {
+            Matrix::load<LEFT>(from[3] + d, 2 * padded);
+            Matrix::multiply<SUM + 3, LEFT, RIGHT>();
+        }
+    }
+    constexpr int64_t GROUP = TILE * TILE;
+    Matrix::store<SUM>(to + first * GROUP, 4 * TILE);
+    if constexpr (N > 1) Matrix::store<SUM + 1>(to + (first + 1) * GROUP, 4 * TILE);
+    if constexpr (N > 2) Matrix::store<SUM + 2>(to + (first + 2) * GROUP, 4 * TILE);
+    if constexpr (N > 3) Matrix::store<SUM + 3>(to + (first + 3) * GROUP, 4 * TILE);
+}
+
+VICINAL_INLINE void score_some(const AmxPass& pass, int first, int count, const AmxPanel& panel, int side,
+                               const uint16_t* targets, float* to) {
+    const uint16_t* rows = panel.rows[side];
+    const int64_t padded = panel.padded[side];
+    switch (count) {
+        case 1: return score_groups<1>(pass, first, rows, padded, targets, to);
+        case 2: return score_groups<2>(pass, first, rows, padded, targets, to);
+        case 3: return score_groups<3>(pass, first, rows, padded, targets, to);
+        default: return score_groups<4>(pass, first, rows, padded, targets, to);
+    }
+}
+
+// Calls function(first, count) for the groups of a pass, up to four at a time.
+template <class Function>
+VICINAL_INLINE void each_four(const AmxPass& pass, const Function& function) {
+    for (int first = 0; first < pass.count; first += SUMS) function(first, static_cast<int>(least(SUMS, pass.count - first)));
+}
+
+// Groups whose weights are turned together: one after another of a row, two of different rows, or one alone.
 VICINAL_INLINE int groups_together(const AmxPass& pass, int n) {
     return pass.is_wide[n] || (n + 1 < pass.count && !pass.is_wide[n + 1]) ? 2 : 1;
 }
 
-// Groups of a pass one after another. While some are weighed, the registers make scores of the next and mix those before.
-struct Batch {
-    int first, groups, count;  // groups: 0 behind the last
-
-    static VICINAL_INLINE Batch begin(const AmxPass& pass) { return {0, groups_together(pass, 0), pass.count}; }
-    static VICINAL_INLINE Batch none() { return {0, 0, 0}; }
-    VICINAL_INLINE Batch next(const AmxPass& pass) const {
-        const int behind = first + groups;
-        return {behind, behind < count ? groups_together(pass, behind) : 0, count};
-    }
-};
-
-// Some batches of a pass, one after another.
-struct Span {
-    Batch begin;
-    int end;  // the first group that is none of theirs
-
-    static VICINAL_INLINE Span all(const AmxPass& pass) { return {Batch::begin(pass), pass.count}; }
-    template <class Function>
-    VICINAL_INLINE void each(const AmxPass& pass, const Function& function) const {
-        for (Batch batch = begin; batch.first < end; batch = batch.next(pass)) function(batch);
-    }
-};
-
-// Room for scores and weights, [group][16][16]: as a ring where none is needed once it is mixed, so that all of it stays
-// in the first-level cache. Groups that are taken together stand side by side in it.
-constexpr int64_t GROUP = TILE * TILE;
-constexpr int RING = 8;
-struct Room {
-    float* floats;  // [MOST_GROUPS + 1]
-    int ring;       // groups, a power of two
-    VICINAL_INLINE float* of(const Batch& batch, int group = 0) const { return floats + ((batch.first & (ring - 1)) + group) * GROUP; }
-};
-
-// Begins the scores of a batch: [source][lane]. `targets` was laid by lay_pairs.
-VICINAL_INLINE void begin_scores(const AmxPass& pass, const Batch& batch, const AmxPanel& panel, int side,
-                                 const uint16_t* targets) {
-    if (!batch.groups) return;
-    const int64_t padded = panel.padded[side];
-    const auto rows = [&](int n) VICINAL_LAMBDA { return panel.rows[side] + (pass.place[n] * panel.columns + pass.at[n]) * padded; };
-    const uint16_t *from = rows(batch.first), *other = rows(batch.first + batch.groups - 1);
-    Matrix::clear<SCORE>();
-    Matrix::clear<SCORE + 1>();
-    for (int64_t d = 0; d < padded; d += MATRIX_DEPTH) {
-        Matrix::load<RIGHT>(targets + d * TILE, 64);
-        Matrix::load<LEFT>(from + d, 2 * padded);
-        Matrix::multiply<SCORE, LEFT, RIGHT>();
-        if (batch.groups == 1) continue;
-        Matrix::load<LEFT>(other + d, 2 * padded);
-        Matrix::multiply<SCORE + 1, LEFT, RIGHT>();
-    }
-}
-
-VICINAL_INLINE void end_scores(const Batch& batch, const Room& room) {
-    if (!batch.groups) return;
-    Matrix::store<SCORE>(room.of(batch), 4 * TILE);
-    if (batch.groups == 2) Matrix::store<SCORE + 1>(room.of(batch, 1), 4 * TILE);
-}
-
 // Where the pairs of a group begin, from a channel on.
 VICINAL_INLINE const uint16_t* paired_of(const AmxPanel& panel, int side, const AmxPass& pass, int n, int64_t channel) {
-    return panel.paired[side] + (pass.place[n] * panel.columns + pass.at[n]) * panel.padded[side] + 2 * channel;
+    return panel.paired[side] + pass.place[n] * panel.padded[side] + 2 * channel;
 }
 
 // Sums of up to four times 16 channels in registers: [lane][channel], `row` floats from lane to lane.
@@ -431,66 +452,65 @@ struct Sums {
         if constexpr (N > 2) Matrix::store<SUM + 2>(to + 32, 4 * row);
         if constexpr (N > 3) Matrix::store<SUM + 3>(to + 48, 4 * row);
     }
-    // Adds what stands [lane][32 sources] times their pairs.
-    static VICINAL_INLINE void add_product(const float* weights, const uint16_t* pairs, int64_t padded) {
-        Matrix::load<LEFT>(weights, 64);
-        Matrix::load<RIGHT>(pairs, 4 * padded);
-        Matrix::multiply<SUM, LEFT, RIGHT>();
+    template <int L, int R>
+    static VICINAL_INLINE void add_product(const void* weights, const uint16_t* pairs, int64_t padded) {
+        Matrix::load<L>(weights, 64);
+        Matrix::load<R>(pairs, 4 * padded);
+        Matrix::multiply<SUM, L, R>();
         if constexpr (N > 1) {
-            Matrix::load<RIGHT>(pairs + 32, 4 * padded);
-            Matrix::multiply<SUM + 1, LEFT, RIGHT>();
+            Matrix::load<R>(pairs + 32, 4 * padded);
+            Matrix::multiply<SUM + 1, L, R>();
         }
         if constexpr (N > 2) {
-            Matrix::load<RIGHT>(pairs + 64, 4 * padded);
-            Matrix::multiply<SUM + 2, LEFT, RIGHT>();
+            Matrix::load<R>(pairs + 64, 4 * padded);
+            Matrix::multiply<SUM + 2, L, R>();
         }
         if constexpr (N > 3) {
-            Matrix::load<RIGHT>(pairs + 96, 4 * padded);
-            Matrix::multiply<SUM + 3, LEFT, RIGHT>();
+            Matrix::load<R>(pairs + 96, 4 * padded);
+            Matrix::multiply<SUM + 3, L, R>();
         }
     }
-    static VICINAL_INLINE void add(const AmxPanel& panel, int side, const AmxPass& pass, const Batch& batch, int64_t channel,
-                                   const Room& weights) {
-        if (!batch.groups) return;
-        const int64_t padded = panel.padded[side];
-        add_product(weights.of(batch), paired_of(panel, side, pass, batch.first, channel), padded);
-        if (batch.groups == 2 && !pass.is_wide[batch.first])
-            add_product(weights.of(batch, 1), paired_of(panel, side, pass, batch.first + 1, channel), padded);
+    // Adds the weights of a group and those turned together with it, [lane][source].
+    static VICINAL_INLINE void add(const AmxPanel& panel, int side, const AmxPass& pass, int n, int64_t channel,
+                                   const float* weights) {
+        const float* own = weights + n * TILE * TILE;
+        const uint16_t* pairs = paired_of(panel, side, pass, n, channel);
+        if (pass.is_wide[n]) return add_product<LEFT, RIGHT>(own, pairs, panel.padded[side]);
+        add_product<SHORT_LEFT, SHORT_RIGHT>(own, pairs, panel.padded[side]);
+        if (groups_together(pass, n) == 2)
+            add_product<SHORT_LEFT, SHORT_RIGHT>(own + TILE / 2, paired_of(panel, side, pass, n + 1, channel), panel.padded[side]);
     }
 };
 
 template <int N>
-VICINAL_INLINE void mix_channels_of(const AmxPanel& panel, int side, const AmxPass& pass, const Room& weights,
-                                    const Span& span, int64_t channel, int64_t row, float* sums, bool is_fresh) {
+VICINAL_INLINE void mix_channels_of(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights,
+                                    int64_t channel, int64_t row, float* sums, bool is_fresh) {
     Sums<N>::open(is_fresh ? nullptr : sums + channel, row);
-    span.each(pass, [&](const Batch& batch) VICINAL_LAMBDA { Sums<N>::add(panel, side, pass, batch, channel, weights); });
+    for (int n = 0; n < pass.count; n += groups_together(pass, n)) Sums<N>::add(panel, side, pass, n, channel, weights);
     Sums<N>::close(sums + channel, row);
 }
 
 // sums[lane][channel] += weights times sources, from a channel on.
-VICINAL_INLINE void mix_from(const AmxPanel& panel, int side, const AmxPass& pass, const Room& weights, const Span& span,
-                             int64_t channel, int64_t channels, float* sums, bool is_fresh) {
+VICINAL_INLINE void mix_from(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights, int64_t channel,
+                             int64_t channels, float* sums, bool is_fresh) {
     const int64_t row = round_up(channels, TILE);
     for (; channel < channels; channel += SUMS * TILE) switch (least((row - channel) / TILE, SUMS)) {
-            case 1: mix_channels_of<1>(panel, side, pass, weights, span, channel, row, sums, is_fresh); break;
-            case 2: mix_channels_of<2>(panel, side, pass, weights, span, channel, row, sums, is_fresh); break;
-            case 3: mix_channels_of<3>(panel, side, pass, weights, span, channel, row, sums, is_fresh); break;
-            default: mix_channels_of<4>(panel, side, pass, weights, span, channel, row, sums, is_fresh); break;
+            case 1: mix_channels_of<1>(panel, side, pass, weights, channel, row, sums, is_fresh); break;
+            case 2: mix_channels_of<2>(panel, side, pass, weights, channel, row, sums, is_fresh); break;
+            case 3: mix_channels_of<3>(panel, side, pass, weights, channel, row, sums, is_fresh); break;
+            default: mix_channels_of<4>(panel, side, pass, weights, channel, row, sums, is_fresh); break;
         }
 }
 
 // The same where some number is infinite or none: nobody's sum takes what it does not see.
-VICINAL_APART void mix_with_care(const AmxPanel& panel, int side, const AmxPass& pass, const Room& weights, const Span& span,
+VICINAL_APART void mix_with_care(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights,
                                  int64_t channels, float* sums, bool is_fresh) {
     const int64_t row = round_up(channels, TILE);
     if (is_fresh)
         for (int64_t i = 0; i < row * TILE; ++i) sums[i] = 0.0f;
-    span.each(pass, [&](const Batch& batch) {
-        for (int g = 0; g < batch.groups; ++g) {
-            const int n = batch.first + g;
-            const uint16_t* own = pass.is_wide[batch.first]
-                                      ? reinterpret_cast<const uint16_t*>(weights.of(batch)) + g * TILE
-                                      : reinterpret_cast<const uint16_t*>(weights.of(batch, g));
+    for (int first = 0; first < pass.count; first += groups_together(pass, first))
+        for (int n = first; n < first + groups_together(pass, first); ++n) {
+            const uint16_t* own = reinterpret_cast<const uint16_t*>(weights + first * TILE * TILE) + (n - first) * TILE;
             const uint16_t* pairs = paired_of(panel, side, pass, n, 0);
             for (int i = 0; i < pass.sources[n]; ++i)
                 for (int lane = 0; lane < TILE; ++lane) {
@@ -501,15 +521,14 @@ VICINAL_APART void mix_with_care(const AmxPanel& panel, int side, const AmxPass&
                         sums[lane * row + d] += weight * float_of_bfloat16(source[2 * d]);
                 }
         }
-    });
 }
 
-VICINAL_INLINE void mix_all(const AmxPanel& panel, int side, const AmxPass& pass, const Room& weights, int64_t channels,
+VICINAL_INLINE void mix_all(const AmxPanel& panel, int side, const AmxPass& pass, const float* weights, int64_t channels,
                             float* sums, bool is_fresh) {
     if (panel.is_finite[side])
-        mix_from(panel, side, pass, weights, Span::all(pass), 0, channels, sums, is_fresh);
+        mix_from(panel, side, pass, weights, 0, channels, sums, is_fresh);
     else
-        mix_with_care(panel, side, pass, weights, Span::all(pass), channels, sums, is_fresh);
+        mix_with_care(panel, side, pass, weights, channels, sums, is_fresh);
 }
 
 // ---- numbers of one source and all targets
@@ -527,49 +546,16 @@ VICINAL_INLINE void clear_pairs(float* pairs, int sources) {
     for (int pair = (sources + 1) / 2; pair < TILE / 2; ++pair) S::store(pairs + pair * TILE, S::zero());
 }
 
-// Turns 16 rows of pairs, [pair of sources][lane], into [lane][source].
-VICINAL_INLINE void turn_both(float* pairs) {
+// Turns 16 rows of pairs, [pair of sources][lane], into [lane][source]; those of a group alone are 8.
+VICINAL_INLINE void turn_pairs(float* pairs, int groups) {
     __m512 from[16], turned[16];
     VICINAL_UNROLL
-    for (int i = 0; i < 16; ++i) from[i] = S::load(pairs + i * TILE);
+    for (int i = 0; i < 8; ++i) from[i] = S::load(pairs + i * TILE);
+    VICINAL_UNROLL
+    for (int i = 8; i < 16; ++i) from[i] = groups == 2 ? S::load(pairs + i * TILE) : S::zero();
     S::transpose(from, turned);
     VICINAL_UNROLL
     for (int i = 0; i < 16; ++i) S::store(pairs + i * TILE, turned[i]);
-}
-
-// Turns 8 rows of pairs, with zeros behind them.
-VICINAL_INLINE void turn_one(float* pairs) {
-    __m512 t[8], r[8];
-    VICINAL_UNROLL
-    for (int i = 0; i < 8; i += 2) {
-        const __m512 even = S::load(pairs + i * TILE), odd = S::load(pairs + (i + 1) * TILE);
-        t[i] = _mm512_unpacklo_ps(even, odd);
-        t[i + 1] = _mm512_unpackhi_ps(even, odd);
-    }
-    VICINAL_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        r[4 * i] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-        r[4 * i + 1] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-        r[4 * i + 2] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-        r[4 * i + 3] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-    }
-    // r[i] holds, in its quarter c, column 4 c + i of the first four rows, r[4 + i] of the others
-    VICINAL_UNROLL
-    for (int c = 0; c < 4; ++c) {
-        const __m512i quarters = _mm512_setr_epi64(2 * c, 2 * c + 1, 8 + 2 * c, 9 + 2 * c, 0, 0, 0, 0);
-        VICINAL_UNROLL
-        for (int i = 0; i < 4; ++i)
-            _mm512_storeu_si512(pairs + (4 * c + i) * TILE, _mm512_maskz_permutex2var_epi64(0x0f, _mm512_castps_si512(r[i]), quarters,
-                                                                                            _mm512_castps_si512(r[i + 4])));
-    }
-}
-
-// Turns what was noted of one group or, side by side, of two.
-VICINAL_INLINE void turn_pairs(float* pairs, int groups) {
-    if (groups == 2)
-        turn_both(pairs);
-    else
-        turn_one(pairs);
 }
 
 // 2^a where seen, 0 elsewhere and where that is no normal number; relative error at most 1.6e-7. NaN stays.
@@ -606,6 +592,7 @@ VICINAL_APART void load_tile(const Block& block, const Tile& tile, const Operand
     const Rows from(operand, room, room + TILE * padded);
     const uint16_t* row[TILE];
     for (int lane = 0; lane < TILE; ++lane) row[lane] = from.zeros;
+    ask_for_next(block, tile, operand, block.places(tile, operand.axis, base));
     each_target_of(block, tile, operand.axis, base,
                    [&](int lane, int64_t place) VICINAL_LAMBDA { row[lane] = from.at(place, lane); });
     lay_pairs(row, padded, to);

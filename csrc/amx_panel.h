@@ -109,6 +109,11 @@ struct AmxRow {
     uint32_t lanes;      // whose targets see it
 };
 
+// Columns of a place, with those behind that nobody sees.
+VICINAL_INLINE int64_t columns_of_place(const Chunk& chunk) {
+    return round_up(chunk.column_end - chunk.column_begin, 2) + TILE;
+}
+
 // Packs rows of sources when a row of tiles first sees them.
 struct AmxFiller {
     const Job& job;
@@ -127,7 +132,7 @@ struct AmxFiller {
         const int64_t groups = chunk.group_end - chunk.group_begin;
         const int64_t places = chunk.places(s.frame.plane_end - s.frame.plane_begin);
         const int64_t most_padded = most(padded_channels(p.operand[0].dim), padded_channels(p.operand[1].dim));
-        panel.columns = round_up(columns, 2) + 2 * TILE;
+        panel.columns = columns_of_place(chunk);
         const int64_t numbers = places * panel.columns + TILE;
         Arena arena{static_cast<char*>(workspace.get(AMX_PANEL, static_cast<size_t>(numbers * p.floats() * 4 + 64 * 8)))};
         for (int i = 0; i < 2; ++i) {
@@ -176,7 +181,7 @@ struct AmxFiller {
                 for (int i = 0; i < count; i += 2)
                     pair_rows(row[i], row[i + 1], padded, paired + (begin + i) * padded, panel.is_finite[side]);
         }
-        if (paired) std::memset(paired + round_up(columns, 2) * padded, 0, static_cast<size_t>(4 * TILE * padded));
+        if (paired) std::memset(paired + round_up(columns, 2) * padded, 0, static_cast<size_t>(2 * TILE * padded));
     }
 
     // Numbers of a row of sources times a factor, 0 for -inf.
