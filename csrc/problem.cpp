@@ -51,7 +51,7 @@ void check_sizes(const vicinal_call& call) {
     }
     check_range("threads", call.threads, 1, INT32_MAX);
     check_range("strategy", call.strategy, VICINAL_AUTO, VICINAL_DENSE);
-    check_range("isa", call.isa, VICINAL_BEST, VICINAL_AVX512_BF16);
+    check_range("isa", call.isa, VICINAL_BEST, VICINAL_AMX);
     if (!std::isfinite(call.scale)) refuse("scale must be finite");
 }
 
