@@ -598,6 +598,13 @@ VICINAL_APART void load_tile(const Block& block, const Tile& tile, const Operand
     lay_pairs(row, padded, to);
 }
 
+// Asks for the lines that a tile will write.
+VICINAL_INLINE void ask_to_write(const Block& block, const Tile& tile, const Operand& operand, int64_t base) {
+    block.places(tile, operand.axis, base).each([&](int, int64_t place) VICINAL_LAMBDA {
+        for (int64_t byte = 0; byte < 2 * operand.dim; byte += 64) VICINAL_PREFETCH_TO_WRITE(operand.data + 2 * place + byte);
+    });
+}
+
 // One float per lane; `other` for lanes nobody has.
 VICINAL_INLINE void load_lanes(const Block& block, const Tile& tile, const float* numbers, const int64_t* strides,
                                int64_t base, float other, float* to) {
