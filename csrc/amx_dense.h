@@ -114,21 +114,6 @@ VICINAL_INLINE void multiply_by_tokens(const uint16_t* left, int64_t left_row, i
         }
 }
 
-// ---- rows of results
-
-// Writes factor times a row of sums.
-VICINAL_INLINE void store_narrow_row(const Operand& operand, int64_t place, const float* from, float factor) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + place;
-    const F by = S::all(factor);
-    int64_t d = 0;
-    if (operand.channel == 1)
-        for (; d + MATRIX_DEPTH <= operand.dim; d += MATRIX_DEPTH) {
-            const F low = S::mul(S::load(from + d), by), high = S::mul(S::load(from + d + TILE), by);
-            _mm512_storeu_si512(to + d, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-        }
-    for (; d < operand.dim; ++d) to[d * operand.channel] = bfloat16_of_float(from[d] * factor);
-}
-
 // ---- forward
 
 // Weights of 16 keys for four queries, and their sums.

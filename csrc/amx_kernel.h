@@ -625,26 +625,35 @@ VICINAL_INLINE void load_lanes(const Block& block, const Tile& tile, const float
                    [&](int lane, int64_t place) VICINAL_LAMBDA { to[lane] = with_plain_nan(numbers[place]); });
 }
 
+// Writes factor times a row of sums, which goes on to a multiple of 16.
+VICINAL_INLINE void store_narrow_row(const Operand& operand, int64_t place, const float* from, float factor) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + place;
+    const F by = S::all(factor);
+    if (operand.channel == 1) {
+        for (int64_t d = 0; d < operand.dim; d += MATRIX_DEPTH) {
+            const F low = S::mul(S::load(from + d), by);
+            const F high = operand.dim - d > TILE ? S::mul(S::load(from + d + TILE), by) : S::zero();
+            const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_mask_storeu_epi16(to + d, channels_there(operand.dim - d), both);
+        }
+    } else {
+        for (int64_t d = 0; d < operand.dim; ++d) to[d * operand.channel] = bfloat16_of_float(from[d] * factor);
+    }
+}
+
 // Writes factors[lane] * sums[lane][channel], or adds that to what is there.
 [[maybe_unused]] VICINAL_APART void store_tile(const Block& block, const Tile& tile, const Operand& operand, int64_t base, const float* sums,
                               F factor, bool adds) {
     const int64_t dim = operand.dim, row = round_up(dim, TILE);
-    const bool is_whole = operand.channel == 1 && !adds;
     alignas(64) float factors[TILE];
     S::store(factors, factor);
     each_target_of(block, tile, operand.axis, base, [&](int lane, int64_t place) VICINAL_LAMBDA {
-        uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + place;
         const float* from = sums + lane * row;
-        const F by = S::all(factors[lane]);
-        int64_t d = 0;
-        if (is_whole)
-            for (; d + MATRIX_DEPTH <= dim; d += MATRIX_DEPTH) {
-                const F low = S::mul(S::load(from + d), by), high = S::mul(S::load(from + d + TILE), by);
-                _mm512_storeu_si512(to + d, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-            }
-        for (; d < dim; ++d) {
+        if (!adds) return store_narrow_row(operand, place, from, factors[lane]);
+        uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(operand.data)) + place;
+        for (int64_t d = 0; d < dim; ++d) {
             uint16_t& at = to[d * operand.channel];
-            at = bfloat16_of_float(adds ? from[d] * factors[lane] + float_of_bfloat16(at) : from[d] * factors[lane]);
+            at = bfloat16_of_float(from[d] * factors[lane] + float_of_bfloat16(at));
         }
     });
 }

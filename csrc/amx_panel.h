@@ -42,6 +42,9 @@ VICINAL_INLINE void pair_rows(const uint16_t* even, const uint16_t* odd, int64_t
     }
 }
 
+// Of 32 channels those that are there, where so many are left.
+VICINAL_INLINE uint32_t channels_there(int64_t left) { return left >= 32 ? ~0u : (1u << most(left, 0)) - 1u; }
+
 // Rows of channels as the kernels read them: where they lie if they can be, else copied.
 struct Rows {
     const Operand& operand;
@@ -58,7 +61,13 @@ struct Rows {
         const uint16_t* from = reinterpret_cast<const uint16_t*>(operand.data) + place;
         return lie ? from : copied(from, scratch + number * padded);
     }
-    VICINAL_APART const uint16_t* copied(const uint16_t* from, uint16_t* to) const {
+    VICINAL_INLINE const uint16_t* copied(const uint16_t* from, uint16_t* to) const {
+        if (operand.channel != 1) return copied_one_by_one(from, to);
+        for (int64_t d = 0; d < padded; d += MATRIX_DEPTH)
+            _mm512_storeu_si512(to + d, _mm512_maskz_loadu_epi16(channels_there(operand.dim - d), from + d));
+        return to;
+    }
+    VICINAL_APART const uint16_t* copied_one_by_one(const uint16_t* from, uint16_t* to) const {
         for (int64_t d = 0; d < operand.dim; ++d) to[d] = from[d * operand.channel];
         for (int64_t d = operand.dim; d < padded; ++d) to[d] = 0;
         return to;
