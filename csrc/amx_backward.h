@@ -140,6 +140,7 @@ VICINAL_APART void amx_query_tile(AmxQueryRun& run, const Tile& tile, const AmxW
     const int64_t channels = round_up(job.query.dim, TILE);
     load_tile(block, tile, job.query, run.query_base, run.room.rows, run.room.first);
     load_tile(block, tile, job.grad_out, run.grad_out_base, run.room.rows, run.room.second);
+    if (!run.keeps_state && job.grad_query.data) ask_to_write(block, tile, job.grad_query, run.to_base);
     alignas(64) float lanes[TILE];
     AmxQueryTile state;
     state.is_fresh = !run.keeps_state;
@@ -224,7 +225,7 @@ VICINAL_INLINE void weigh_and_differentiate(const AmxPanel& panel, const AmxPass
                                             const float* grads, float* weight_pairs, float* grad_pairs, F factor,
                                             bool needs_keys) {
     const uint16_t* seen = pass.seen[n];
-    const int64_t first = pass.place[n] * panel.columns + pass.at[n];
+    const int64_t first = pass.place[n];
     const float *lse = panel.lanes[0] + first, *row_sum = panel.lanes[1] + first;
     const auto weigh = [&](int i) VICINAL_LAMBDA {
         F score = S::mul(S::load(scores + i * TILE), factor);

@@ -143,6 +143,7 @@ VICINAL_APART void amx_forward_tile(AmxForward& run, const Tile& tile, const Amx
     const Job& job = run.job;
     const int64_t number = tile_number(run.block, tile), channels = round_up(job.value.dim, TILE);
     load_tile(run.block, tile, job.query, run.query_base, run.rows, run.targets);
+    if (!run.keeps_state) ask_to_write(run.block, tile, job.out, run.out_base);
     AmxState state;
     state.is_fresh = !run.keeps_state;
     state.sums = run.sums + (run.keeps_state ? number * channels * TILE : 0);

@@ -17,12 +17,12 @@ constexpr int MOST_GROUPS = 32;  // of sources that are looked at together
 
 struct AmxPass {
     int count;                                 // of groups
-    int64_t place[MOST_GROUPS], at[MOST_GROUPS];  // in the panel: row of sources and first column
+    int64_t place[MOST_GROUPS];                // of the first source in the panel
     int sources[MOST_GROUPS];                  // 1 to 16
     bool is_wide[MOST_GROUPS];                 // together with the next group
     uint16_t seen[MOST_GROUPS][TILE];          // whose targets see a source
     const float* bias[MOST_GROUPS];            // [source][lane] in the table or, where that has no such rows, in a room
-    int64_t plane[MOST_GROUPS], row[MOST_GROUPS], column[MOST_GROUPS];  // of the first source, in steps
+    int64_t plane[MOST_GROUPS], row[MOST_GROUPS], column[MOST_GROUPS];  // of the first source, in steps; where asked for
 };
 
 // A head's bias as tiles read it, times log2(e): [plane][row][column][lane], where the lane of row r and column c of a
@@ -112,10 +112,12 @@ struct AmxWalk {
     AmxRow* rows;
     AmxColumns* columns;
     int64_t num_rows = 0;
+    int64_t panel_columns;  // of a place
 
     AmxWalk(const Block& b, const Sources& s, const Chunk& c, const AmxBias& table, bool queries, const Workspace& workspace)
         : block(b), sources(s), chunk(c), bias(table), targets_are_queries(queries) {
         const int64_t tiles = b.column_tiles.end - b.column_tiles.begin, groups = c.group_end - c.group_begin;
+        panel_columns = columns_of_place(c);
         int64_t masks = 0;
         for (int64_t tile = 0; tile < tiles; ++tile) masks += columns_of(tile).count + 2 * TILE;
         const bool looks_up = b.job.bias && !s.is_extra && !table.is_even;
@@ -128,6 +130,10 @@ struct AmxWalk {
         bias_room = looks_up ? arena.take<float>(MOST_GROUPS * TILE * TILE) : nullptr;
         for (int64_t tile = 0; tile < tiles; ++tile) {
             columns[tile] = columns_of(tile);
+            if (tile && sees_alike(tile, tile - 1)) {
+                columns[tile].seen = columns[tile - 1].seen;
+                continue;
+            }
             columns[tile].seen = seen;
             fill_columns(tile, seen);
             seen += columns[tile].count + 2 * TILE;
@@ -143,6 +149,24 @@ struct AmxWalk {
         return {low, most(least(sources.high(2, run.end - 1), chunk.column_end) - low, 0), nullptr};
     }
 
+    // What a target sees of a tile's columns.
+    VICINAL_INLINE Run seen_by(int64_t tile, int32_t column) const {
+        const AmxColumns& own = columns[tile];
+        return {static_cast<int32_t>(most(sources.low(2, column) - own.low, 0)),
+                static_cast<int32_t>(least(sources.high(2, column) - own.low, own.count))};
+    }
+
+    // Whether two tiles have the same masks, as most neighbors do.
+    VICINAL_INLINE bool sees_alike(int64_t tile, int64_t other) const {
+        const Run run = targets_of(tile), before = targets_of(other);
+        if (columns[tile].count != columns[other].count || run.end - run.begin != before.end - before.begin) return false;
+        for (int32_t i = 0; i < run.end - run.begin; ++i) {
+            const Run a = seen_by(tile, run.begin + i), b = seen_by(other, before.begin + i);
+            if (a.begin != b.begin || a.end != b.end) return false;
+        }
+        return true;
+    }
+
     inline void fill_columns(int64_t tile, uint16_t* seen) const {
         const AmxColumns& own = columns[tile];
         const Run run = targets_of(tile);
@@ -151,9 +175,8 @@ struct AmxWalk {
             uint16_t lanes = 0;
             for (int r = 0; r < block.job.tile_rows; ++r)
                 lanes = static_cast<uint16_t>(lanes | 1u << (r * block.job.tile_columns + column - run.begin));
-            const int64_t begin = most(sources.low(2, column) - own.low, 0);
-            const int64_t end = least(sources.high(2, column) - own.low, own.count);
-            for (int64_t i = begin; i < end; ++i) seen[i] = static_cast<uint16_t>(seen[i] | lanes);
+            const Run sees = seen_by(tile, column);
+            for (int64_t i = sees.begin; i < sees.end; ++i) seen[i] = static_cast<uint16_t>(seen[i] | lanes);
         }
     }
 
@@ -183,14 +206,17 @@ struct AmxWalk {
         const __m256i lanes = _mm256_set1_epi16(static_cast<int16_t>(row.lanes));
         const __m256i seen = _mm256_and_si256(lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(across.seen + first)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(pass.seen[n]), seen);
-        pass.place[n] = row.place;
-        pass.at[n] = across.low + first - chunk.column_begin;
+        pass.place[n] = row.place * panel_columns + across.low + first - chunk.column_begin;
         pass.sources[n] = static_cast<int>(most(least(across.count - first, TILE), 0));
         pass.is_wide[n] = false;
+        return !_mm256_testz_si256(seen, seen);
+    }
+
+    // What members and biases ask of it besides.
+    VICINAL_INLINE void note_where(AmxPass& pass, int n, const AmxRow& row, const AmxColumns& across, int64_t first) const {
         pass.plane[n] = row.plane;
         pass.row[n] = row.row;
         pass.column[n] = across.low + first;
-        return !_mm256_testz_si256(seen, seen);
     }
 
     // Calls flush(pass) for every pass.
@@ -208,7 +234,8 @@ struct AmxWalk {
                     is_seen |= note(pass, n + g, rows[i], across, first + g * TILE);
                 if (!is_seen) continue;
                 pass.is_wide[n] = groups == 2;
-                for (int g = n; g < n + groups; ++g) {
+                for (int g = n; g < n + groups && (has_earlier || has_bias); ++g) {
+                    note_where(pass, g, rows[i], across, first + (g - n) * TILE);
                     if (has_earlier) leave_out_earlier(tile, pass, g);
                     if (has_bias) find_bias(tile, pass, g);
                 }
@@ -344,11 +371,11 @@ inline void fold_bias_gradient(const Job& job, const float* table, float* to) {
 
 // Scores of N groups: to[group][source][lane]. `rows` is the panel's, `targets` was laid by lay_pairs.
 template <int N>
-VICINAL_INLINE void score_groups(const AmxPass& pass, int first, const uint16_t* rows, int64_t columns, int64_t padded,
+VICINAL_INLINE void score_groups(const AmxPass& pass, int first, const uint16_t* rows, int64_t padded,
                                  const uint16_t* targets, float* to) {
     const uint16_t* from[N];
     VICINAL_UNROLL
-    for (int n = 0; n < N; ++n) from[n] = rows + (pass.place[first + n] * columns + pass.at[first + n]) * padded;
+    for (int n = 0; n < N; ++n) from[n] = rows + pass.place[first + n] * padded;
     Matrix::clear<SUM>();
     if constexpr (N > 1) Matrix::clear<SUM + 1>();
     if constexpr (N > 2) Matrix::clear<SUM + 2>();
@@ -380,12 +407,12 @@ VICINAL_INLINE void score_groups(const AmxPass& pass, int first, const uint16_t*
 VICINAL_INLINE void score_some(const AmxPass& pass, int first, int count, const AmxPanel& panel, int side,
                                const uint16_t* targets, float* to) {
     const uint16_t* rows = panel.rows[side];
-    const int64_t columns = panel.columns, padded = panel.padded[side];
+    const int64_t padded = panel.padded[side];
     switch (count) {
-        case 1: return score_groups<1>(pass, first, rows, columns, padded, targets, to);
-        case 2: return score_groups<2>(pass, first, rows, columns, padded, targets, to);
-        case 3: return score_groups<3>(pass, first, rows, columns, padded, targets, to);
-        default: return score_groups<4>(pass, first, rows, columns, padded, targets, to);
+        case 1: return score_groups<1>(pass, first, rows, padded, targets, to);
+        case 2: return score_groups<2>(pass, first, rows, padded, targets, to);
+        case 3: return score_groups<3>(pass, first, rows, padded, targets, to);
+        default: return score_groups<4>(pass, first, rows, padded, targets, to);
     }
 }
 
@@ -402,7 +429,7 @@ VICINAL_INLINE int groups_together(const AmxPass& pass, int n) {
 
 // Where the pairs of a group begin, from a channel on.
 VICINAL_INLINE const uint16_t* paired_of(const AmxPanel& panel, int side, const AmxPass& pass, int n, int64_t channel) {
-    return panel.paired[side] + (pass.place[n] * panel.columns + pass.at[n]) * panel.padded[side] + 2 * channel;
+    return panel.paired[side] + pass.place[n] * panel.padded[side] + 2 * channel;
 }
 
 // Sums of up to four times 16 channels in registers: [lane][channel], `row` floats from lane to lane.
@@ -577,9 +604,17 @@ VICINAL_INLINE void each_target_of(const Block& block, const Tile& tile, const i
     const Rows from(operand, room, room + TILE * padded);
     const uint16_t* row[TILE];
     for (int lane = 0; lane < TILE; ++lane) row[lane] = from.zeros;
+    ask_for_next(block, tile, operand, block.places(tile, operand.axis, base));
     each_target_of(block, tile, operand.axis, base,
                    [&](int lane, int64_t place) VICINAL_LAMBDA { row[lane] = from.at(place, lane); });
     lay_pairs(row, padded, to);
+}
+
+// Asks for the lines that a tile will write.
+VICINAL_INLINE void ask_to_write(const Block& block, const Tile& tile, const Operand& operand, int64_t base) {
+    block.places(tile, operand.axis, base).each([&](int, int64_t place) VICINAL_LAMBDA {
+        for (int64_t byte = 0; byte < 2 * operand.dim; byte += 64) VICINAL_PREFETCH_TO_WRITE(operand.data + 2 * place + byte);
+    });
 }
 
 // One float per lane; `other` for lanes nobody has.

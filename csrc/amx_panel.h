@@ -109,6 +109,11 @@ struct AmxRow {
     uint32_t lanes;      // whose targets see it
 };
 
+// Columns of a place, with those behind that nobody sees.
+VICINAL_INLINE int64_t columns_of_place(const Chunk& chunk) {
+    return round_up(chunk.column_end - chunk.column_begin, 2) + TILE;
+}
+
 // Packs rows of sources when a row of tiles first sees them.
 struct AmxFiller {
     const Job& job;
@@ -127,7 +132,7 @@ struct AmxFiller {
         const int64_t groups = chunk.group_end - chunk.group_begin;
         const int64_t places = chunk.places(s.frame.plane_end - s.frame.plane_begin);
         const int64_t most_padded = most(padded_channels(p.operand[0].dim), padded_channels(p.operand[1].dim));
-        panel.columns = round_up(columns, 2) + TILE;
+        panel.columns = columns_of_place(chunk);
         const int64_t numbers = places * panel.columns + TILE;
         Arena arena{static_cast<char*>(workspace.get(AMX_PANEL, static_cast<size_t>(numbers * p.floats() * 4 + 64 * 8)))};
         for (int i = 0; i < 2; ++i) {
@@ -152,19 +157,23 @@ struct AmxFiller {
     // Columns that are asked for before they are packed: they may stand a page apart.
     static constexpr int64_t AHEAD = 2 * TILE;
 
+    static VICINAL_INLINE void ask(const Operand& operand, int64_t at) {
+        for (int64_t byte = 0; byte < 2 * operand.dim; byte += 64) VICINAL_PREFETCH(operand.data + 2 * at + byte);
+    }
+
     VICINAL_INLINE void pack_side(int side, int64_t offset, int64_t place) {
         const Operand& operand = packing.operand[side];
         const int64_t padded = panel.padded[side], step = operand.axis[2];
         const Rows from(operand, scratch, zeros);
         uint16_t* rows = packing.rows[side] ? panel.rows[side] + place * panel.columns * padded : nullptr;
         uint16_t* paired = packing.paired[side] ? panel.paired[side] + place * panel.columns * padded : nullptr;
+        for (int64_t i = 0; i < least(AHEAD, columns); ++i) ask(operand, offset + coordinates[i] * step);
         for (int64_t begin = 0; begin < columns; begin += TILE) {
             const uint16_t* row[TILE];
             const int count = static_cast<int>(least(TILE, columns - begin));
             for (int i = 0; i < count; ++i) {
                 const int64_t at = offset + coordinates[begin + i] * step;
-                const char* ahead = operand.data + 2 * (at + AHEAD * step);
-                for (int64_t byte = 0; byte < 2 * operand.dim; byte += 64) VICINAL_PREFETCH(ahead + byte);
+                if (begin + i + AHEAD < columns) ask(operand, offset + coordinates[begin + i + AHEAD] * step);
                 row[i] = from.at(at, i);
             }
             if (count & 1) row[count] = zeros;
