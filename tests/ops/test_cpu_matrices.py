@@ -123,6 +123,15 @@ def test_several_python_threads_at_once_get_what_one_gets() -> None:
         assert all(same_bits(once, found) for found in pool.map(lambda _: results(2), range(4)))
 
 
+def test_torchs_own_products_between_calls_are_not_disturbed() -> None:
+    """They use the same registers, in shapes of their own."""
+    left, right = torch.randn(2, 130, 130).bfloat16().unbind(0)
+    before = results(1, SAMPLE), left @ right
+    for _ in range(3):
+        assert same_bits(before[0], results(1, SAMPLE))
+        assert torch.equal(before[1], left @ right)
+
+
 def _send_results(sender: Any) -> None:
     sender.send([part.float().numpy() for part in results(2, SAMPLE)])
 
