@@ -1,9 +1,10 @@
-"""Bfloat16 in the matrix registers of Intel's processors (amx): everything that the tiled strategy must do."""
+"""Bfloat16 in the matrix registers of Intel's processors (amx): what tiles and dense groups must do there."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from ..conftest import has_compiler
 from .conftest import Forced, Shrink
 from .problems import PROBLEMS, SAMPLE, Problem, near
 from .test_cpu import MANY_UNITS, same_bits
+from .test_cpu_dense import PROBLEMS as CLOSED
 from .tolerance import assert_agrees, judge, run
 
 if library.reason_missing() is not None and not has_compiler():
@@ -84,6 +86,12 @@ def test_odd_head_dims_agree_with_the_oracle(head_dim: int, value_dim: int) -> N
     agrees(Problem((9, 13), Near(5), head_dim=head_dim, value_dim=value_dim, has_bias=True, extra_tokens=2))
 
 
+@pytest.mark.parametrize("problem", CLOSED, ids=str)
+def test_dense_groups_agree_with_the_oracle(problem: Problem, forced: Forced) -> None:
+    forced("dense" if problem.kv_heads == problem.heads or not problem.has_bias else "auto", "amx")
+    agrees(dataclasses.replace(problem, head_dim=40, value_dim=24))
+
+
 @pytest.mark.parametrize("problem", SHRUNK, ids=str)
 def test_small_units_and_panels_agree_with_the_oracle(problem: Problem, shrink: Shrink) -> None:
     poison = ctypes.CDLL(str(library.path())).vicinal_poison_workspace
@@ -115,6 +123,15 @@ def test_several_python_threads_at_once_get_what_one_gets() -> None:
         assert all(same_bits(once, found) for found in pool.map(lambda _: results(2), range(4)))
 
 
+def test_torchs_own_products_between_calls_are_not_disturbed() -> None:
+    """They use the same registers, in shapes of their own."""
+    left, right = torch.randn(2, 130, 130).bfloat16().unbind(0)
+    before = results(1, SAMPLE), left @ right
+    for _ in range(3):
+        assert same_bits(before[0], results(1, SAMPLE))
+        assert torch.equal(before[1], left @ right)
+
+
 def _send_results(sender: Any) -> None:
     sender.send([part.float().numpy() for part in results(2, SAMPLE)])
 
@@ -138,12 +155,15 @@ def test_forked_child_may_use_the_registers_too() -> None:
 INPUTS = ("query", "key", "value", "grad_out")
 
 HIDING = (
-    (Near(7), (61,)),
-    (Near(6, causal=True), (61,)),
-    (Near(3, border="wrap"), (37,)),
-    ((Near(3), Near(5)), (9, 13)),
-    (Window(4, shift=1), (10, 11)),
-    (union(Near(3), Near(3, dilation=5)), (41,)),
+    ("tiles", Near(7), (61,)),
+    ("tiles", Near(6, causal=True), (61,)),
+    ("tiles", Near(3, border="wrap"), (37,)),
+    ("tiles", (Near(3), Near(5)), (9, 13)),
+    ("tiles", Window(4, shift=1), (10, 11)),
+    ("tiles", union(Near(3), Near(3, dilation=5)), (41,)),
+    ("dense", Window(4, shift=1), (10, 11)),
+    ("dense", Window(17), (34, 6)),
+    ("dense", Near(7, dilation=3), (21,)),
 )
 
 
@@ -172,8 +192,11 @@ def touched(name: str, place: int, sees: torch.Tensor) -> dict[str, torch.Tensor
     }
 
 
-@pytest.mark.parametrize(("pattern", "grid"), HIDING, ids=repr)
-def test_what_nobody_sees_does_not_reach_results_whatever_it_is(pattern: Any, grid: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("strategy", "pattern", "grid"), HIDING, ids=repr)
+def test_what_nobody_sees_does_not_reach_results_whatever_it_is(
+    strategy: str, pattern: Any, grid: tuple[int, ...], forced: Forced
+) -> None:
+    forced(strategy, "amx")
     torch.manual_seed(0)
     tensors = dict(zip(INPUTS, torch.randn(4, 1, *grid, 1, 24).bfloat16().unbind(0), strict=True))
     sees = mask(pattern, grid).reshape(math.prod(grid), -1)
@@ -192,15 +215,20 @@ def test_what_nobody_sees_does_not_reach_results_whatever_it_is(pattern: Any, gr
                         assert found[result][depends].isnan().any(-1).all(), (name, place, result)
 
 
-def test_huge_scores_leave_the_largest_alone() -> None:
+BOTH = pytest.mark.parametrize(("strategy", "pattern"), [("tiles", Near(9)), ("dense", Window(9))], ids=repr)
+
+
+@BOTH
+def test_huge_scores_leave_the_largest_alone(strategy: str, pattern: Any, forced: Forced) -> None:
     """The maximum was rounded once and its score not: beyond 1e9 their difference was one of large numbers."""
+    forced(strategy, "amx")
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 61, 2, 32).bfloat16().unbind(0)
+    query, key, value = torch.randn(3, 1, 63, 2, 32).bfloat16().unbind(0)
     for size in (1e3, 1e5, 1e8, 1e15):
         large = [(tensor * size).bfloat16() for tensor in (query, key)]
-        out, lse = vicinal.attention(*large, value, Near(9), return_lse=True, backend="cpu")
+        out, lse = vicinal.attention(*large, value, pattern, return_lse=True, backend="cpu")
         wide = [part.double() for part in (*large, value)]
-        exact = vicinal.attention(*wide, Near(9), return_lse=True, backend="reference")
+        exact = vicinal.attention(*wide, pattern, return_lse=True, backend="reference")
         torch.testing.assert_close(out.double(), exact[0], rtol=2**-8, atol=0)
         torch.testing.assert_close(lse.double(), exact[1], rtol=1e-6, atol=0)
 
@@ -218,25 +246,27 @@ def test_query_that_sees_nothing_gets_zeros() -> None:
     assert not grads[0][:, nothing].any()
 
 
+@BOTH
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001, 0x7FC00101], ids=hex)
-def test_nan_of_every_kind_comes_through(bits: int) -> None:
+def test_nan_of_every_kind_comes_through(bits: int, strategy: str, pattern: Any, forced: Forced) -> None:
     """Those with low bits set, such as CUDA's own, once became finite weights."""
+    forced(strategy, "amx")
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    query, key, value = torch.randn(3, 1, 61, 1, 32).bfloat16().unbind(0)
+    query, key, value = torch.randn(3, 1, 63, 1, 32).bfloat16().unbind(0)
     bias = torch.zeros(1, 17)
     bias[0, 3] = nan
-    out, lse = vicinal.attention(query, key, value, Near(9), bias=bias, return_lse=True, backend="cpu")
-    exact = vicinal.attention(query, key, value, Near(9), bias=bias, return_lse=True, backend="reference")
-    assert lse.isnan().any()
-    assert torch.equal(lse.isnan(), exact[1].isnan())
-    assert torch.equal(out.isnan(), exact[0].isnan())
+    found = vicinal.attention(query, key, value, pattern, bias=bias, return_lse=True, backend="cpu")
+    wanted = vicinal.attention(query, key, value, pattern, bias=bias, return_lse=True, backend="reference")
+    assert found[1].isnan().any()
+    assert all(torch.equal(one.isnan(), other.isnan()) for one, other in zip(found, wanted, strict=True))
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    _, lse = vicinal.attention(*leaves, Near(9), return_lse=True, backend="cpu")
+    _, lse = vicinal.attention(*leaves, pattern, return_lse=True, backend="cpu")
     weight = torch.zeros_like(lse)
     weight[0, 30] = nan
+    seen = mask(pattern, (63,))[30].flatten()
     grad_query, grad_key = torch.autograd.grad(lse, leaves[:2], weight)
     assert grad_query.isnan().any(-1).flatten().nonzero().flatten().tolist() == [30]
-    assert grad_key.isnan().any(-1).flatten().nonzero().flatten().tolist() == list(range(26, 35))
+    assert torch.equal(grad_key.isnan().any(-1).flatten(), seen)
 
 
 WITHOUT_PERMISSION = """
