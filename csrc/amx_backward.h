@@ -47,6 +47,7 @@ struct AmxQueryTile {
     F lse, row_sum;
     float* sums;
     bool is_fresh;
+    Errands errands;
 };
 
 // Gradients of a group's scores: as they are in place of the scores where `keeps`, and as pairs.
@@ -91,6 +92,7 @@ VICINAL_INLINE void differentiate_and_mix(const AmxPanel& panel, const AmxPass& 
     Sums<N>::open(tile.is_fresh ? nullptr : tile.sums, row);
     int before = -1;
     for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
+        run_errands(tile.errands, pass);
         differentiate_groups<BIAS>(pass, n, scores, grads, factor, tile, keeps);
         if (before >= 0) Sums<N>::add(panel, 0, pass, before, 0, grads);
         before = n;
@@ -140,9 +142,15 @@ VICINAL_APART void amx_query_tile(AmxQueryRun& run, const Tile& tile, const AmxW
     const int64_t channels = round_up(job.query.dim, TILE);
     load_tile(block, tile, job.query, run.query_base, run.room.rows, run.room.first);
     load_tile(block, tile, job.grad_out, run.grad_out_base, run.room.rows, run.room.second);
-    if (!run.keeps_state && job.grad_query.data) ask_to_write(block, tile, job.grad_query, run.to_base);
     alignas(64) float lanes[TILE];
     AmxQueryTile state;
+    if (is_worth_errands(job)) {
+        note_targets(block, tile, job.query, run.query_base, true, state.errands);
+        note_targets(block, tile, job.grad_out, run.grad_out_base, true, state.errands);
+        if (!run.keeps_state && job.grad_query.data)
+            note_targets(block, tile, job.grad_query, run.to_base, false, state.errands);
+        note_next_sources(walk, filler, tile, state.errands);
+    }
     state.is_fresh = !run.keeps_state;
     state.sums = run.sums + (run.keeps_state ? tile_number(block, tile) * channels * TILE : 0);
     load_lanes(block, tile, job.lse, job.lse_axis, run.lse_base, 0.0f, lanes);
@@ -261,10 +269,11 @@ VICINAL_INLINE void weigh_and_differentiate_groups(const AmxPanel& panel, const 
 // Weights and gradients of a pass, and sums of the first channels of values meanwhile.
 template <int N, bool BIAS>
 VICINAL_INLINE void weigh_and_mix_values(const AmxPanel& panel, const AmxPass& pass, float* scores, float* grads, F factor,
-                                         bool needs_keys, float* sums, int64_t row) {
+                                         bool needs_keys, float* sums, int64_t row, Errands& errands) {
     Sums<N>::open(sums, row);
     int before = -1;
     for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
+        run_errands(errands, pass);
         weigh_and_differentiate_groups<BIAS>(panel, pass, n, scores, grads, factor, needs_keys);
         if (before >= 0) Sums<N>::add(panel, 1, pass, before, 0, scores);
         before = n;
@@ -274,7 +283,7 @@ VICINAL_INLINE void weigh_and_mix_values(const AmxPanel& panel, const AmxPass& p
 }
 
 template <bool BIAS>
-VICINAL_INLINE void amx_key_pass(const AmxKeyRun& run, const AmxPanel& panel, int64_t number, const AmxPass& pass) {
+VICINAL_INLINE void amx_key_pass(const AmxKeyRun& run, const AmxPanel& panel, int64_t number, const AmxPass& pass, Errands& errands) {
     const Job& job = run.job;
     float *scores = run.room.scores, *grads = run.room.grads;
     const bool needs_keys = job.grad_key.data != nullptr, needs_values = job.grad_value.data != nullptr;
@@ -288,10 +297,10 @@ VICINAL_INLINE void amx_key_pass(const AmxKeyRun& run, const AmxPanel& panel, in
     float* keys = run.key_sums + number * round_up(job.query.dim, TILE) * TILE;
     if (needs_values && panel.is_finite[1]) {
         switch (least(row / TILE, SUMS)) {
-            case 1: weigh_and_mix_values<1, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
-            case 2: weigh_and_mix_values<2, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
-            case 3: weigh_and_mix_values<3, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
-            default: weigh_and_mix_values<4, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row); break;
+            case 1: weigh_and_mix_values<1, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row, errands); break;
+            case 2: weigh_and_mix_values<2, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row, errands); break;
+            case 3: weigh_and_mix_values<3, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row, errands); break;
+            default: weigh_and_mix_values<4, BIAS>(panel, pass, scores, grads, factor, needs_keys, values, row, errands); break;
         }
         mix_from(panel, 1, pass, scores, SUMS * TILE, channels, values, false);
     } else {
@@ -302,12 +311,14 @@ VICINAL_INLINE void amx_key_pass(const AmxKeyRun& run, const AmxPanel& panel, in
     if (needs_keys) mix_all(panel, 0, pass, grads, job.query.dim, keys, false);
 }
 
-VICINAL_APART void amx_key_pass_with_bias(const AmxKeyRun& run, const AmxPanel& panel, int64_t number, const AmxPass& pass) {
-    amx_key_pass<true>(run, panel, number, pass);
+VICINAL_APART void amx_key_pass_with_bias(const AmxKeyRun& run, const AmxPanel& panel, int64_t number, const AmxPass& pass,
+                                          Errands& errands) {
+    amx_key_pass<true>(run, panel, number, pass, errands);
 }
 
-VICINAL_APART void amx_key_pass_plain(const AmxKeyRun& run, const AmxPanel& panel, int64_t number, const AmxPass& pass) {
-    amx_key_pass<false>(run, panel, number, pass);
+VICINAL_APART void amx_key_pass_plain(const AmxKeyRun& run, const AmxPanel& panel, int64_t number, const AmxPass& pass,
+                                      Errands& errands) {
+    amx_key_pass<false>(run, panel, number, pass, errands);
 }
 
 VICINAL_APART void amx_key_tile(AmxKeyRun& run, const Tile& tile, const AmxWalk& walk, AmxFiller& filler, bool has_bias) {
@@ -315,11 +326,17 @@ VICINAL_APART void amx_key_tile(AmxKeyRun& run, const Tile& tile, const AmxWalk&
     load_tile(run.block, tile, job.key, run.key_base, run.room.rows, run.room.first);
     load_tile(run.block, tile, job.value, run.value_base, run.room.rows, run.room.second);
     const int64_t number = tile_number(run.block, tile);
+    Errands errands;
+    if (is_worth_errands(job)) {
+        note_targets(run.block, tile, job.key, run.key_base, true, errands);
+        note_targets(run.block, tile, job.value, run.value_base, true, errands);
+        note_next_sources(walk, filler, tile, errands);
+    }
     walk(tile, *run.room.pass, [&](const AmxPass& pass) VICINAL_LAMBDA {
         if (has_bias)
-            amx_key_pass_with_bias(run, filler.panel, number, pass);
+            amx_key_pass_with_bias(run, filler.panel, number, pass, errands);
         else
-            amx_key_pass_plain(run, filler.panel, number, pass);
+            amx_key_pass_plain(run, filler.panel, number, pass, errands);
     });
 }
 

@@ -25,6 +25,7 @@ struct AmxState {
     F top, total;
     float* sums;
     bool is_fresh;
+    Errands errands;
 };
 
 // Largest scores of some groups, whose scores stay as they are or, with a bias, become complete.
@@ -78,10 +79,11 @@ VICINAL_INLINE void weigh_groups(const AmxPass& pass, int n, float* scores, F fa
 // Weights of a pass, and sums of the first channels meanwhile.
 template <int N>
 VICINAL_INLINE void weigh_and_mix(const AmxPanel& panel, const AmxPass& pass, float* scores, F factor, F top, F* total,
-                                  float* sums, int64_t row, bool is_fresh) {
+                                  float* sums, int64_t row, bool is_fresh, Errands& errands) {
     Sums<N>::open(is_fresh ? nullptr : sums, row);
     int before = -1;
     for (int n = 0; n < pass.count; n += groups_together(pass, n)) {
+        run_errands(errands, pass);
         weigh_groups(pass, n, scores, factor, top, total);
         if (before >= 0) Sums<N>::add(panel, 1, pass, before, 0, scores);
         before = n;
@@ -117,10 +119,10 @@ VICINAL_APART void amx_forward_pass(const Job& job, const AmxPanel& panel, const
     }
     if (panel.is_finite[1]) {
         switch (least(row / TILE, SUMS)) {
-            case 1: weigh_and_mix<1>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
-            case 2: weigh_and_mix<2>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
-            case 3: weigh_and_mix<3>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
-            default: weigh_and_mix<4>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh); break;
+            case 1: weigh_and_mix<1>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh, state.errands); break;
+            case 2: weigh_and_mix<2>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh, state.errands); break;
+            case 3: weigh_and_mix<3>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh, state.errands); break;
+            default: weigh_and_mix<4>(panel, pass, scores, factor, top, total, state.sums, row, state.is_fresh, state.errands); break;
         }
         mix_from(panel, 1, pass, scores, SUMS * TILE, channels, state.sums, state.is_fresh);
     } else {
@@ -143,8 +145,12 @@ VICINAL_APART void amx_forward_tile(AmxForward& run, const Tile& tile, const Amx
     const Job& job = run.job;
     const int64_t number = tile_number(run.block, tile), channels = round_up(job.value.dim, TILE);
     load_tile(run.block, tile, job.query, run.query_base, run.rows, run.targets);
-    if (!run.keeps_state) ask_to_write(run.block, tile, job.out, run.out_base);
     AmxState state;
+    if (is_worth_errands(job)) {
+        note_targets(run.block, tile, job.query, run.query_base, true, state.errands);
+        if (!run.keeps_state) note_targets(run.block, tile, job.out, run.out_base, false, state.errands);
+        note_next_sources(walk, filler, tile, state.errands);
+    }
     state.is_fresh = !run.keeps_state;
     state.sums = run.sums + (run.keeps_state ? number * channels * TILE : 0);
     state.top = run.keeps_state ? S::load(run.top + number * TILE) : S::all(FAR_BELOW);

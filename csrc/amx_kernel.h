@@ -362,6 +362,24 @@ struct AmxWalk {
     }
 };
 
+// Whether tensors are so large that their lines are worth asking for one by one; those of smaller ones are at hand.
+VICINAL_INLINE bool is_worth_errands(const Job& job) { return job.batch * job.query.batch * 2 > (2 << 20); }
+
+// Notes a tile's share of the sources that the next row of tiles is the first to see.
+inline void note_next_sources(const AmxWalk& walk, const AmxFiller& filler, const Tile& tile, Errands& errands) {
+    const Frame& f = walk.sources.frame;
+    const int64_t tiles = walk.block.column_tiles.end - walk.block.column_tiles.begin;
+    const int64_t begin = filler.columns * tile.column_tile / tiles, end = filler.columns * (tile.column_tile + 1) / tiles;
+    for (int64_t i = 0; i < walk.num_rows; ++i) {
+        const AmxRow& last = walk.rows[i];
+        if (i + 1 < walk.num_rows && walk.rows[i + 1].plane == last.plane) continue;
+        for (int64_t j = 1; j <= tile.rows(); ++j) {
+            if (last.row + j >= f.row_origin + f.groups || last.group + j >= walk.chunk.group_end - walk.chunk.group_begin) break;
+            if (!filler.is_packed[last.group + j]) filler.note(last.plane, last.row + j, begin, end, errands);
+        }
+    }
+}
+
 // Adds what `add_bias_gradient` has summed up to the gradient of a head's bias.
 inline void fold_bias_gradient(const Job& job, const float* table, float* to) {
     each_bias(job, [&](int64_t from, int64_t at) { to[at] += table[from]; });
@@ -415,6 +433,9 @@ VICINAL_INLINE void score_some(const AmxPass& pass, int first, int count, const 
         default: return score_groups<4>(pass, first, rows, padded, targets, to);
     }
 }
+
+// Runs some of the errands for every group or two that are turned together.
+VICINAL_INLINE void run_errands(Errands& errands, const AmxPass& pass) { errands.run((pass.count + 1) / 2); }
 
 // Calls function(first, count) for the groups of a pass, up to four at a time.
 template <class Function>
@@ -604,17 +625,9 @@ VICINAL_INLINE void each_target_of(const Block& block, const Tile& tile, const i
     const Rows from(operand, room, room + TILE * padded);
     const uint16_t* row[TILE];
     for (int lane = 0; lane < TILE; ++lane) row[lane] = from.zeros;
-    ask_for_next(block, tile, operand, block.places(tile, operand.axis, base));
     each_target_of(block, tile, operand.axis, base,
                    [&](int lane, int64_t place) VICINAL_LAMBDA { row[lane] = from.at(place, lane); });
     lay_pairs(row, padded, to);
-}
-
-// Asks for the lines that a tile will write.
-VICINAL_INLINE void ask_to_write(const Block& block, const Tile& tile, const Operand& operand, int64_t base) {
-    block.places(tile, operand.axis, base).each([&](int, int64_t place) VICINAL_LAMBDA {
-        for (int64_t byte = 0; byte < 2 * operand.dim; byte += 64) VICINAL_PREFETCH_TO_WRITE(operand.data + 2 * place + byte);
-    });
 }
 
 // One float per lane; `other` for lanes nobody has.

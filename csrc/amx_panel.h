@@ -221,6 +221,19 @@ struct AmxFiller {
                    1.0f, panel.lanes[1] + to);
     }
 
+    // Notes where some columns of a row of sources stand, as many as there is room for.
+    VICINAL_INLINE void note(int64_t plane, int64_t row, int64_t begin, int64_t end, Errands& errands) const {
+        const int64_t plane_at = source_coordinate(*sources.frame.axis[0], plane);
+        const int64_t row_at = source_coordinate(*sources.frame.axis[1], row);
+        for (int i = 0; i < 2; ++i) {
+            if (!packing.rows[i] && !packing.paired[i]) continue;
+            const Operand& operand = packing.operand[i];
+            const int64_t at = packing.base[i] + plane_at * operand.axis[0] + row_at * operand.axis[1];
+            for (int64_t column = begin; column < end && errands.count < Errands::MOST; ++column)
+                errands.note(operand, at + coordinates[column] * operand.axis[2], 2);
+        }
+    }
+
     VICINAL_INLINE void open_row(const AmxRow* rows, int64_t count) {
         for (int64_t i = 0; i < count; ++i)
             if (!is_packed[rows[i].group]) pack(rows[i]);

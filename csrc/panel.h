@@ -173,7 +173,7 @@ VICINAL_INLINE void stream_row(int64_t dtype, const Operand& operand, int64_t of
 // Rows of tensors that are fetched while other things are computed, some at a time: a core waits for sixteen lines at
 // once, and whoever asks for more stands still.
 struct Errands {
-    static constexpr int MOST = 4 * MOST_TARGETS;
+    static constexpr int MOST = 10 * MOST_TARGETS;
     const char* row[MOST];
     int64_t bytes[MOST];
     int count = 0, done = 0;

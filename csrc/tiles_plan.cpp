@@ -10,6 +10,7 @@ namespace vicinal {
 namespace {
 
 constexpr int64_t PANEL_BYTES = 448 << 10;  // of a second-level cache of half a megabyte and more
+constexpr int64_t LARGE_PANEL_BYTES = 896 << 10;  // where there are matrix registers that cache has two megabytes
 // Of a unit that does its whole backward, panel and sums together: what a row of tiles sees, and all.
 constexpr int64_t NEAR_BYTES = 1280 << 10, CLOSED_BYTES = 4 << 20;
 constexpr double BACKWARD_WORK = 2.5;  // in times of the forward's
@@ -337,7 +338,8 @@ struct Blocking {
 };
 
 int64_t panel_of(const PlanRequest& request) {
-    return request.unit_bytes ? std::min(request.unit_bytes, PANEL_BYTES) : PANEL_BYTES;
+    const int64_t usual = request.targets_in_lanes ? LARGE_PANEL_BYTES : PANEL_BYTES;
+    return request.unit_bytes ? std::min(request.unit_bytes, usual) : usual;
 }
 
 Blocking choose_blocks(const PlanRequest& request, const std::vector<BlockSize>* sizes, double compute, double classes) {
