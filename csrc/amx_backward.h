@@ -180,7 +180,7 @@ inline void amx_grad_query_unit(const Job& job, const Unit& unit, int64_t sample
     AmxPacking packing;
     packing.rows[0] = packing.rows[1] = packing.paired[0] = true;
     packing.paired[1] = packing.lanes = false;
-    AmxKeys lists(block, packing, sample, kv_head);
+    KeyLists<S, AmxPacking> lists(block, packing, sample, kv_head);
     const bool keeps_state = lists.chunks() != 1;
     const int64_t kept = (keeps_state ? tiles_of(block) : 1) * channels * TILE;
     AmxQueryRun run{job, block, keeps_state, sample * job.query.batch + q_head * job.query.head,
@@ -197,17 +197,10 @@ inline void amx_grad_query_unit(const Job& job, const Unit& unit, int64_t sample
         Sources sources;
         lists.open(list, sources);
         const bool has_bias = bias.table && !sources.is_extra;
-        each_amx_chunk(block, sources, packing, [&](const Chunk& chunk) VICINAL_LAMBDA {
-            AmxFiller filler(job, sources, chunk, packing, workspace);
-            AmxWalk walk(block, sources, chunk, bias, true, workspace);
-            const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
-                walk.open_row(tile);
-                filler.open_row(walk.rows, walk.num_rows);
-            };
-            block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
-                amx_query_tile(run, tile, walk, filler, has_bias);
-            });
-        });
+        each_tile_of(block, sources, packing, bias, true, workspace,
+                     [&](const Tile& tile, const AmxWalk& walk, AmxFiller& filler) VICINAL_LAMBDA {
+                         amx_query_tile(run, tile, walk, filler, has_bias);
+                     });
     }
     Matrix::close();
     if (!keeps_state || !job.grad_query.data) return;
@@ -368,17 +361,10 @@ inline void amx_grad_key_value_unit(const Job& job, const Unit& unit, int64_t sa
         const AmxBias bias = amx_bias_of(job, block, q_head - job.first_head, workspace);
         for (int list = 0; list < job.num_sources; ++list) {
             open_sources<S>(block, list, sources);
-            each_amx_chunk(block, sources, packing, [&](const Chunk& chunk) VICINAL_LAMBDA {
-                AmxFiller filler(job, sources, chunk, packing, workspace);
-                AmxWalk walk(block, sources, chunk, bias, false, workspace);
-                const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
-                    walk.open_row(tile);
-                    filler.open_row(walk.rows, walk.num_rows);
-                };
-                block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
-                    amx_key_tile(run, tile, walk, filler, bias.table != nullptr);
-                });
-            });
+            each_tile_of(block, sources, packing, bias, false, workspace,
+                         [&](const Tile& tile, const AmxWalk& walk, AmxFiller& filler) VICINAL_LAMBDA {
+                             amx_key_tile(run, tile, walk, filler, bias.table != nullptr);
+                         });
         }
     }
     Matrix::close();

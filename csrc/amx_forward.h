@@ -189,7 +189,7 @@ inline void amx_forward_unit(const Job& job, const Unit& unit, int64_t sample, i
     AmxPacking packing;
     packing.rows[0] = packing.paired[1] = true;
     packing.rows[1] = packing.paired[0] = packing.lanes = false;
-    AmxKeys lists(block, packing, sample, kv_head);
+    KeyLists<S, AmxPacking> lists(block, packing, sample, kv_head);
     const bool keeps_state = lists.chunks() != 1;
     const int64_t tiles = tiles_of(block), kept = (keeps_state ? tiles : 1) * channels;
     Arena arena{static_cast<char*>(
@@ -213,17 +213,10 @@ inline void amx_forward_unit(const Job& job, const Unit& unit, int64_t sample, i
         Sources sources;
         lists.open(list, sources);
         const bool has_bias = bias.table && !sources.is_extra;
-        each_amx_chunk(block, sources, packing, [&](const Chunk& chunk) VICINAL_LAMBDA {
-            AmxFiller filler(job, sources, chunk, packing, workspace);
-            AmxWalk walk(block, sources, chunk, bias, true, workspace);
-            const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
-                walk.open_row(tile);
-                filler.open_row(walk.rows, walk.num_rows);
-            };
-            block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA {
-                amx_forward_tile(run, tile, walk, filler, has_bias);
-            });
-        });
+        each_tile_of(block, sources, packing, bias, true, workspace,
+                     [&](const Tile& tile, const AmxWalk& walk, AmxFiller& filler) VICINAL_LAMBDA {
+                         amx_forward_tile(run, tile, walk, filler, has_bias);
+                     });
     }
     Matrix::close();
     if (keeps_state)

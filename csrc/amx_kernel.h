@@ -43,7 +43,6 @@ VICINAL_INLINE int64_t amx_bias_floats(const Job& job) {
 // A tile may look at a source before those that anybody sees, and after them, though nothing comes of it.
 constexpr int64_t BIAS_BEGIN = TILE;
 
-
 // Calls function(place in the table, place in the bias) for all that tiles may read.
 template <class Function>
 inline void each_bias(const Job& job, const Function& function) {
@@ -475,10 +474,6 @@ struct Sums {
         if constexpr (N > 2) Matrix::store<SUM + 2>(to + 32, 4 * row);
         if constexpr (N > 3) Matrix::store<SUM + 3>(to + 48, 4 * row);
     }
-    template <int L, int R>
-    static VICINAL_INLINE void add_product(const void* weights, const uint16_t* pairs, int64_t padded) {
-        add_rows<L, R>(weights, 64, pairs, padded);
-    }
     // Weights [lane][source], `bytes` from lane to lane, times pairs of sources.
     template <int L, int R>
     static VICINAL_INLINE void add_rows(const void* weights, int64_t bytes, const uint16_t* pairs, int64_t padded) {
@@ -503,10 +498,11 @@ struct Sums {
                                    const float* weights) {
         const float* own = weights + n * TILE * TILE;
         const uint16_t* pairs = paired_of(panel, side, pass, n, channel);
-        if (pass.is_wide[n]) return add_product<LEFT, RIGHT>(own, pairs, panel.padded[side]);
-        add_product<SHORT_LEFT, SHORT_RIGHT>(own, pairs, panel.padded[side]);
+        if (pass.is_wide[n]) return add_rows<LEFT, RIGHT>(own, 64, pairs, panel.padded[side]);
+        add_rows<SHORT_LEFT, SHORT_RIGHT>(own, 64, pairs, panel.padded[side]);
         if (groups_together(pass, n) == 2)
-            add_product<SHORT_LEFT, SHORT_RIGHT>(own + TILE / 2, paired_of(panel, side, pass, n + 1, channel), panel.padded[side]);
+            add_rows<SHORT_LEFT, SHORT_RIGHT>(own + TILE / 2, 64, paired_of(panel, side, pass, n + 1, channel),
+                                              panel.padded[side]);
     }
 };
 
@@ -671,48 +667,22 @@ VICINAL_INLINE void store_narrow_row(const Operand& operand, int64_t place, cons
     });
 }
 
-// ---- lists of sources
+// ---- units
 
+// Calls visit(tile, walk, filler) for every tile of a block, panel by panel of one list of sources.
 template <class Visit>
-inline void each_amx_chunk(const Block& block, const Sources& sources, const AmxPacking& packing, const Visit& visit) {
-    each_chunk<S>(block, sources, packing.floats(), visit);
+inline void each_tile_of(const Block& block, const Sources& sources, const AmxPacking& packing, const AmxBias& bias,
+                         bool targets_are_queries, const Workspace& workspace, const Visit& visit) {
+    each_chunk<S>(block, sources, packing.floats<S>(), [&](const Chunk& chunk) VICINAL_LAMBDA {
+        AmxFiller filler(block.job, sources, chunk, packing, workspace);
+        AmxWalk walk(block, sources, chunk, bias, targets_are_queries, workspace);
+        const auto open_row = [&](const Tile& tile) VICINAL_LAMBDA {
+            walk.open_row(tile);
+            filler.open_row(walk.rows, walk.num_rows);
+        };
+        block.each_tile(open_row, [&](const Tile& tile) VICINAL_LAMBDA { visit(tile, walk, filler); });
+    });
 }
-
-// The keys that a block of queries sees, list by list: those of the grid, then the extra tokens.
-struct AmxKeys {
-    const Block& block;
-    AmxPacking& packing;
-    int64_t sample, head, tokens;
-
-    AmxKeys(const Block& b, AmxPacking& p, int64_t s, int64_t h) : block(b), packing(p), sample(s), head(h) {
-        tokens = b.job.extra_lengths ? b.job.extra_lengths[s] : b.job.extra_tokens;
-    }
-    VICINAL_INLINE int count() const { return block.job.num_sources + (tokens ? 1 : 0); }
-
-    VICINAL_INLINE void open(int list, Sources& sources) const {
-        const bool is_extra = list == block.job.num_sources;
-        if (is_extra)
-            open_extra<S>(tokens, sources);
-        else
-            open_sources<S>(block, list, sources);
-        packing.operand[0] = is_extra ? block.job.extra_key : block.job.key;
-        packing.operand[1] = is_extra ? block.job.extra_value : block.job.value;
-        for (int i = 0; i < 2; ++i)
-            packing.base[i] = sample * packing.operand[i].batch + head * packing.operand[i].head;
-    }
-
-    // Panels that all lists take; with one, nothing has to be kept between panels.
-    inline int64_t chunks() const {
-        int64_t total = 0;
-        Sources sources;
-        for (int list = 0; list < count(); ++list) {
-            open(list, sources);
-            const Cut cut = cut_sources(block, sources, block.job.panel_bytes, packing.floats());
-            total += cut.group_chunks * cut.column_chunks;
-        }
-        return total;
-    }
-};
 
 // A tile's number within its block.
 VICINAL_INLINE int64_t tile_number(const Block& block, const Tile& tile) {

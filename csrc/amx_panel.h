@@ -94,6 +94,7 @@ struct AmxPacking {
     bool lanes;  // lse and row sums too
     int64_t lse_base, sums_base;
 
+    template <class>
     int64_t floats() const {  // per source
         int64_t total = lanes ? 2 : 0;
         for (int i = 0; i < 2; ++i) total += (rows[i] + paired[i]) * padded_channels(operand[i].dim) / 2;
@@ -143,7 +144,7 @@ struct AmxFiller {
         const int64_t most_padded = most(padded_channels(p.operand[0].dim), padded_channels(p.operand[1].dim));
         panel.columns = columns_of_place(chunk);
         const int64_t numbers = places * panel.columns + TILE;
-        Arena arena{static_cast<char*>(workspace.get(AMX_PANEL, static_cast<size_t>(numbers * p.floats() * 4 + 64 * 8)))};
+        Arena arena{static_cast<char*>(workspace.get(AMX_PANEL, static_cast<size_t>(numbers * p.floats<S>() * 4 + 64 * 8)))};
         for (int i = 0; i < 2; ++i) {
             const int64_t padded = panel.padded[i] = padded_channels(p.operand[i].dim);
             panel.rows[i] = p.rows[i] ? arena.take<uint16_t>(numbers * padded) : nullptr;

@@ -179,13 +179,13 @@ inline void each_chunk(const Block& block, const Sources& sources, int64_t float
 
 // The keys that a block of queries sees, list by list: those of the grid, then the extra tokens. Opening a list turns
 // `packing` to its keys and values.
-template <class S>
+template <class S, class P = Packing>
 struct KeyLists {
     const Block& block;
-    Packing& packing;
+    P& packing;
     int64_t sample, head, tokens;
 
-    KeyLists(const Block& b, Packing& p, int64_t s, int64_t h) : block(b), packing(p), sample(s), head(h) {
+    KeyLists(const Block& b, P& p, int64_t s, int64_t h) : block(b), packing(p), sample(s), head(h) {
         tokens = b.job.extra_lengths ? b.job.extra_lengths[s] : b.job.extra_tokens;
     }
     VICINAL_INLINE int count() const { return block.job.num_sources + (tokens ? 1 : 0); }
