@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,20 @@ def test_several_python_threads_at_once_get_what_one_gets() -> None:
         assert all(same_bits(once, found) for found in pool.map(lambda _: results(2, problems), range(8)))
 
 
+def from_forked_child(send: Callable[[Any], None]) -> list[torch.Tensor]:
+    """The arrays that a function sends through a pipe, when a fork of this process runs it."""
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=send, args=(sender,), daemon=True)
+    child.start()
+    try:
+        assert receiver.poll(120), "the child hangs"
+        return [torch.from_numpy(part) for part in receiver.recv()]
+    finally:
+        child.kill()
+        child.join()
+
+
 def _send_results(sender: Any) -> None:
     sender.send([part.numpy() for part in results(4)])
 
@@ -141,16 +155,7 @@ def _send_results(sender: Any) -> None:
 def test_forked_child_computes_without_waiting_for_threads_it_does_not_have() -> None:
     """OpenMP's threads are not in the child; gcc's waits for them forever."""
     once = results(4)  # this process has used threads
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_send_results, args=(sender,), daemon=True)
-    child.start()
-    try:
-        assert receiver.poll(120), "the child hangs"
-        assert same_bits(once, [torch.from_numpy(part) for part in receiver.recv()])
-    finally:
-        child.kill()
-        child.join()
+    assert same_bits(once, from_forked_child(_send_results))
 
 
 class Attended(torch.utils.data.Dataset[torch.Tensor]):

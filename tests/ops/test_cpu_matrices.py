@@ -23,7 +23,7 @@ from vicinal.pattern import AxisTable, Bounds, Group, Near, Window, mask, union
 from ..conftest import has_compiler
 from .conftest import Forced, Shrink
 from .problems import PROBLEMS, SAMPLE, Problem, near
-from .test_cpu import MANY_UNITS, same_bits
+from .test_cpu import MANY_UNITS, from_forked_child, same_bits
 from .test_cpu_dense import PROBLEMS as CLOSED
 from .tolerance import assert_agrees, judge, run
 
@@ -140,16 +140,7 @@ def _send_results(sender: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_forked_child_may_use_the_registers_too() -> None:
     once = [part.float() for part in results(2, SAMPLE)]
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_send_results, args=(sender,), daemon=True)
-    child.start()
-    try:
-        assert receiver.poll(120), "the child hangs"
-        assert same_bits(once, [torch.from_numpy(part) for part in receiver.recv()])
-    finally:
-        child.kill()
-        child.join()
+    assert same_bits(once, from_forked_child(_send_results))
 
 
 INPUTS = ("query", "key", "value", "grad_out")
